@@ -1,0 +1,258 @@
+"""MallowsPO: preference optimisation with a dispersion index (arXiv 2405.14953, ICLR 2025).  Every formula is here.
+
+People agree on some prompts ("1 + 1 = ?") and disagree on others ("the best pizza?").  A Mallows ranking model puts
+that into one number a prompt, the dispersion phi(x) in (0, 1]: near 0 everybody agrees, at 1 the ranking is a coin
+toss.  MallowsPO is DPO that knows this number.  With lam(x) = -log phi(x) >= 0, x a prompt, y a response,
+
+    r(y) = |y|^-eta * (log pi(y|x) - alpha * log ref(y|x))          the implicit reward, divided by beta
+    h    = beta * (r(chosen) - r(rejected) - margin)                how far the policy prefers the chosen one
+    loss = -log g(h; lam(x))  +  sft * NLL(chosen)                  g: the probability that a person agrees
+
+and a method is a row of settings of these three lines (the table LOSSES).  The file reads from simple to composed:
+ranking models -> links g -> dispersion index -> objective.  Pure functions on tensors: float32 in, float32 out
+(float64 in, float64 out; half precision is computed in float32); no files, no printing, no global state.
+
+    python mallowspo.py             the weight and the loss over a grid of dispersions
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The ranking model: Kendall-Mallows,  P(ranking) = phi^d(ranking, centre) / Z
+#    d counts the pairs that a ranking orders otherwise than the centre does.  A ranking of n items is written as
+#    ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
+
+def log_partition(n: int, lam: Tensor) -> Tensor:
+    """log Z of the Kendall-Mallows model on n items; any shape of lam, also lam = 0 (log n!).
+
+    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions.
+    """
+    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)     # (..., n)
+    return exponents.logcumsumexp(-1).sum(-1)
+
+
+def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator | None = None) -> Tensor:
+    """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
+
+    The items arrive from the centre's best to its worst; item i overtakes j of those before it with probability
+    proportional to phi^j, and each overtaking is one inversion.
+    """
+    ranks = torch.empty(count, 0, dtype=torch.long)
+    for i in range(n):
+        chances = torch.exp(-lam * torch.arange(i + 1.0, dtype=torch.float64))
+        place = i - torch.multinomial(chances, count, replacement=True, generator=generator)[:, None]
+        ranks = torch.cat([ranks + (ranks >= place), place], dim=1)                       # (count, i + 1)
+    return ranks
+
+
+def pair_probability(gap: Tensor, lam: Tensor) -> Tensor:
+    """P(a person ranks item i above item j) when the centre puts i `gap` places above j (negative: below).
+
+    Exact at every integer gap, for any number of items.  It is the link of MallowsPO-phi: the loss is the negative
+    log-likelihood of this model, with the policy's log-ratio in the place of the gap.
+    """
+    return torch.sigmoid(kendall_logit(gap, lam))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Links: LINKS[name](h, lam) = -log g(h; lam), element by element, shapes broadcast.
+
+BRIDGE = 1.0       # half-width of the bridge over the Kendall link's jump at h = 0; up to 1 no integer gap changes
+
+
+def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
+    """logit g(h; lam) of the Kendall link (MallowsPO Eq. 11, the pairwise marginal of the Kendall-Mallows model).
+
+        g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,      g(-h) = 1 - g(h),      phi = exp(-lam)
+
+    Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts.  With
+    G(x) = x/(1 - e^-x), g(h) is the mean slope of G over the window [h, h+1] * lam, and the jump is that window flipping
+    from one side of h to the other.  We slide it: its centre t moves smoothly and monotonically from h - 1/2 to
+    h + 1/2 while h goes from -1 to 1.  The paper's own text on this could not be found.  *The arithmetic*: as
+    printed the formula is 0/0 at small lam or h and cancels for h < 0; what follows is equal to it, to rounding, in value
+    and gradient for lam in [0, 30] and |h| up to 1e4.  Near h = 0 the slope is lam times 1.0 to 1.17.
+    """
+    dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
+    h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype))
+    x = (h / BRIDGE).clamp(-1, 1)
+    centre = h + (3 * x - x ** 3) / 4                        # t: h - 1/2 ... h + 1/2
+    a = torch.where(centre < 0, -centre, centre) - 0.5       # the window is [a, a + 1], on the positive side
+    series = lam * (a + 1) < 0.9
+    one = torch.ones_like(lam)                               # each branch sees safe input where the other one is used
+    logit = torch.where(series, _logit_series(torch.where(series, a, 0 * a), torch.where(series, lam, 0 * lam)),
+                        _logit_closed(torch.where(series, one, a), torch.where(series, one, lam)))
+    return torch.where(centre < 0, -logit, logit)
+
+
+def _logit_closed(a: Tensor, lam: Tensor) -> Tensor:
+    """log g - log(1 - g) over the window [a, a + 1], both as products that do not cancel."""
+    z, phi = lam * a, torch.exp(-lam)
+    small = z.abs() < 0.5                                    # (1 - e^-z) / z loses its gradient there: Taylor instead
+    zs, taylor = torch.where(small, z, 0 * z), torch.zeros_like(z)
+    for k in range(16, -1, -1):
+        taylor = taylor * -zs + 1 / math.factorial(k + 1)
+    zl = torch.where(small, torch.ones_like(z), z)
+    slope = lam * torch.where(small, taylor, -torch.expm1(-zl) / zl)                      # (1 - phi^a) / a
+    rest = -torch.expm1(-lam)                                                             # 1 - phi
+    return z + torch.log(slope - rest * torch.exp(-z)) - torch.log(rest - phi * slope)
+
+
+# B_2k / (2k)!, the even Taylor coefficients of G(x) = x / (1 - e^-x) = 1 + x/2 + x^2/12 - x^4/720 + ...
+G_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000, 1 / 74724249600,
+            -3617 / 10670622842880000, 43867 / 5109094217170944000, -174611 / 802857662698291200000)
+
+
+def _logit_series(a: Tensor, lam: Tensor) -> Tensor:
+    """The same for lam * (a + 1) < 0.9, where g is 1/2 and a little: the mean slope of G, term by term."""
+    x, y = lam * (a + 1), lam * a
+    p, q = x * x, y * y
+    excess, power, term = torch.zeros_like(p), torch.ones_like(p), torch.ones_like(p)
+    for coefficient in G_SERIES:                             # term = (p^k - q^k) / (p - q), power = q^k
+        excess = excess + coefficient * term
+        power = power * q
+        term = term * p + power
+    excess = excess * (x + y)                                # g - 1/2
+    return torch.log1p(2 * excess) - torch.log1p(-2 * excess)
+
+
+LINKS = {
+    "sigmoid":       lambda h, lam: -F.logsigmoid(h),                      # DPO (arXiv 2305.18290, Eq. 7)
+    "mallows-theta": lambda h, lam: -F.logsigmoid(2 * lam * h),            # Spearman's rho (MallowsPO, Eq. 12)
+    "mallows-phi":   lambda h, lam: -F.logsigmoid(kendall_logit(h, lam)),  # Kendall's tau (MallowsPO, Eq. 11)
+    "square":        lambda h, lam: (h - 0.5) ** 2,                        # IPO (arXiv 2310.12036, Eq. 17) * beta^2
+    "hinge":         lambda h, lam: F.relu(1 - h),                         # SLiC (arXiv 2305.10425)
+}
+
+# What a weight of 1 is in lam, for the links that take it: beta then means what it means in DPO (slope about 1 at
+# h = 0).  The other links know nothing of dispersion; there the weight multiplies h (MallowsPO as a plug-in).
+LAM_OF_WEIGHT = {"mallows-theta": 0.5, "mallows-phi": 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. The dispersion index: how much people disagree about x, guessed from how undecided the reference is.
+
+ENTROPY_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 drops the pair
+
+
+def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
+    """(B,) H(x) in [0, 1] from (B, 2) mean next-token entropies (nats) of the reference over each response's tokens.
+
+    The mean of the two responses' means, over log(vocab_size) (the authors' code; the paper's formula as printed
+    sums over tokens and leaves [0, 1]).  H stands in for phi(x): 0 is agreement, 1 is a coin toss.
+    """
+    return entropy.mean(-1) / math.log(vocab_size)
+
+
+def dispersion_weight(entropy: Tensor, phi_star: float, power: float = 1.0) -> Tensor:
+    """weight(x) = phi_star * (-log H(x))^power: large where people agree, near 0 where they do not.
+
+    `entropy` is the index H of dispersion_index, or a known phi(x), clamped to ENTROPY_RANGE.  The paper is
+    power = 1; less shrinks a noisy index towards DPO, which is power = 0 (ours).
+    """
+    return phi_star * (-entropy.clamp(*ENTROPY_RANGE).log()) ** power
+
+
+def calibrate_phi_star(entropy: Tensor, power: float = 1.0) -> float:
+    """The phi_star that makes the mean weight over these prompts 1, so that beta keeps the meaning it has in DPO.
+
+    The authors' code has 0.29 here, which is this number for one model and one data set.
+    """
+    return 1 / dispersion_weight(entropy.double(), 1.0, power).mean().item()
+
+
+def count_clamped(entropy: Tensor) -> int:
+    """How many of the indices lie outside ENTROPY_RANGE."""
+    low, high = ENTROPY_RANGE
+    return int(((entropy < low) | (entropy > high)).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The objective: a table of methods, one function.
+
+class Method(NamedTuple):
+    """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
+    link: str | None              # a name of LINKS; None: no preference term
+    dispersion: str = "constant"  # where the weight comes from: constant (weight 1), entropy, field (of the record)
+    beta: float = 0.1             # pull to the reference
+    alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
+    eta: float = 0.0              # 1 divides the log-ratio by the response's length
+    margin: float = 0.0           # that the chosen reward / beta must lead by
+    sft: float = 0.0              # weight of the chosen response's negative log-likelihood a token
+
+
+LOSSES = {
+    "dpo":           Method("sigmoid"),
+    "mallows-theta": Method("mallows-theta", "entropy"),
+    "mallows-phi":   Method("mallows-phi", "entropy"),
+    "ipo":           Method("square", eta=1.0),
+    "mallows-ipo":   Method("square", "entropy", eta=1.0),
+    "hinge":         Method("hinge"),
+    "simpo":         Method("sigmoid", beta=10.0, alpha=0.0, eta=1.0, margin=0.3),             # arXiv 2405.14734
+    "rainbowpo":     Method("sigmoid", "entropy", beta=10.0, alpha=0.25, eta=1.0, margin=0.1),  # arXiv 2410.04203
+    "sft":           Method(None, alpha=0.0, sft=1.0),
+}
+
+
+class Outcome(NamedTuple):
+    """What the objective says of each pair; every field is (B,).  Only the loss carries a gradient."""
+    loss: Tensor
+    accuracy: Tensor           # 1 where the chosen reward is the higher, 1/2 where they tie
+    margin: Tensor             # chosen_reward - rejected_reward, before dispersion and target margin
+    chosen_reward: Tensor      # beta * r(chosen), in nats of the policy's log-ratio times beta
+    rejected_reward: Tensor
+    chosen_logp: Tensor        # the policy's log-probability a token, nats
+    rejected_logp: Tensor
+
+
+def lam_of(method: Method, weight: Tensor) -> Tensor:
+    """lam(x) = -log phi(x) that a weight stands for under this method (for plain links: as theta counts it)."""
+    return LAM_OF_WEIGHT.get(method.link, 0.5) * weight
+
+
+def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, weight: Tensor) -> Outcome:
+    """The loss of each pair, and what to report of it.
+
+    logp, ref_logp: (B, 2) log-probability of the chosen and the rejected response, summed over its tokens;
+    length: (B, 2) numbers of tokens (a missing rejected response, for sft: 0);  weight: (B,) of the prompts, detached.
+    """
+    length = length.to(logp.dtype).clamp(min=1)
+    reward = (logp - method.alpha * ref_logp) / length ** method.eta                      # (B, 2)
+    loss = -method.sft * logp[:, 0] / length[:, 0]                                        # (B,)
+    if method.link is not None:
+        h = method.beta * (reward[:, 0] - reward[:, 1] - method.margin)
+        lam = lam_of(method, weight)
+        loss = loss + LINKS[method.link](h if method.link in LAM_OF_WEIGHT else weight * h, lam)
+
+    reward, logp = method.beta * reward.detach(), logp.detach() / length
+    margin = reward[:, 0] - reward[:, 1]
+    return Outcome(loss, (margin.sign() + 1) / 2, margin, reward[:, 0], reward[:, 1], logp[:, 0], logp[:, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def main():
+    """Print what the dispersion does to the weight and to the loss."""
+    gaps = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0])
+    print("How much a person's choice says about the policy's preference h = beta * (log-ratio chosen - rejected):\n"
+          "loss, and its slope in h, of DPO and of MallowsPO at dispersion phi (1: a coin toss, near 0: all agree).\n")
+    print("loss          phi    lam  | " + "".join(f"   h = {h:+.0f}      " for h in gaps))
+    for name in ("sigmoid", "mallows-theta", "mallows-phi"):
+        for phi in [0.05, 0.2, 0.5, 0.8, 0.95] if name != "sigmoid" else [None]:
+            lam = -math.log(phi or math.exp(-0.5))
+            h = gaps.clone().requires_grad_()
+            loss = LINKS[name](h, torch.tensor(lam))
+            slope, = torch.autograd.grad(loss.sum(), h)
+            cells = "".join(f"{value:7.3f} ({grad:+.2f})" for value, grad in zip(loss.tolist(), slope.tolist()))
+            print(f"{name:<13} {phi or '':<4} {lam if phi else '':<6.4} | {cells}" if phi else
+                  f"{name:<13} {'':<4} {'':<6} | {cells}")
+        print()
+    print("Where people agree the slope is steep: the pair counts.  Where they do not, it is ignored.")
+
+
+if __name__ == "__main__":
+    main()
