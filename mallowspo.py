@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The ranking model: Kendall-Mallows,  P(ranking) = phi^d(ranking, centre) / Z
 #    d counts the pairs that a ranking orders otherwise than the centre does.  A ranking of n items is written as
@@ -71,11 +70,11 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
         g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,      g(-h) = 1 - g(h),      phi = exp(-lam)
 
     Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts.  With
-    G(x) = x/(1 - e^-x), g(h) is the mean slope of G over the window [h, h+1] * lam, and the jump is that window flipping
-    from one side of h to the other.  We slide it: its centre t moves smoothly and monotonically from h - 1/2 to
-    h + 1/2 while h goes from -1 to 1.  The paper's own text on this could not be found.  *The arithmetic*: as
-    printed the formula is 0/0 at small lam or h and cancels for h < 0; what follows is equal to it, to rounding, in value
-    and gradient for lam in [0, 30] and |h| up to 1e4.  Near h = 0 the slope is lam times 1.0 to 1.17.
+    G(x) = x / (1 - e^-x), g(h) is the mean slope of G over the window [h, h+1] * lam, and the jump is that window
+    flipping from one side of h to the other.  We slide it: its centre t moves smoothly and monotonically from
+    h - 1/2 to h + 1/2 while h goes from -1 to 1.  (The paper's own text on this could not be found.)
+    *The arithmetic*: as printed the formula is 0/0 at small lam or h and cancels for h < 0; what follows equals it,
+    to rounding, in value and gradient for lam in [0, 30] and |h| up to 1e4.  At h = 0 the slope is 1.0 to 1.17 lam.
     """
     dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
     h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype))

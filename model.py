@@ -1,0 +1,530 @@
+"""One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
+
+A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json and a table of its
+weight names.  Loading and saving read the same table, so what is saved has the names, shapes and dtypes of what was
+loaded.  Training goes through one call, `model(tokens, positions, segments, source, target)`: it gives the
+log-probability of the response tokens only, and never holds the logits of more than a chunk of them.
+
+    python model.py DIR -p "The capital of France is"          continue a text
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class BadModel(ValueError):
+    """A checkpoint folder that cannot be used; the message says what was found and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Configuration: config.json of each family -> one Config
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    dim: int                        # C, width of the residual stream
+    layers: int
+    heads: int
+    kv_heads: int                   # fewer than heads: grouped-query attention
+    head_dim: int
+    hidden: int                     # width inside the MLP
+    positions: int                  # longest sequence the model was made for
+    activation: str
+    eps: float
+    tied: bool                      # the head is the embedding
+    rms: bool = False               # RMSNorm instead of LayerNorm
+    gated: bool = False             # act(gate) * up instead of act(up)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    rope: dict | None = None        # rotary positions; None: learned ones
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
+               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+
+def gpt2_config(c: dict) -> Config:
+    for key, want in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                      "add_cross_attention": False}.items():
+        if c.get(key, want) != want:
+            raise BadModel(f"config.json asks for {key}={c[key]}, which this GPT-2 does not have")
+    return Config(vocab_size=c["vocab_size"], dim=c["n_embd"], layers=c["n_layer"], heads=c["n_head"],
+                  kv_heads=c["n_head"], head_dim=c["n_embd"] // c["n_head"], positions=c["n_positions"],
+                  hidden=c.get("n_inner") or 4 * c["n_embd"], activation=c.get("activation_function", "gelu_new"),
+                  eps=c.get("layer_norm_epsilon", 1e-5), tied=c.get("tie_word_embeddings", True),
+                  qkv_bias=True, out_bias=True, mlp_bias=True)
+
+
+def llama_config(c: dict) -> Config:
+    heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
+    rope = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {}),
+            **(c.get("rope_parameters") or {})}               # transformers 5 writes the last, 4 wrote the others
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] not in ROPE_SCALING:
+        raise BadModel(f"config.json asks for RoPE scaling {rope['rope_type']!r}; known: {', '.join(ROPE_SCALING)}")
+    return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
+                  kv_heads=c.get("num_key_value_heads") or heads,
+                  head_dim=c.get("head_dim") or c["hidden_size"] // heads, hidden=c["intermediate_size"],
+                  positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
+                  eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), rms=True, gated=True,
+                  qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope)
+
+
+def llama3_frequencies(f: Tensor, rope: dict) -> Tensor:
+    """Llama 3.1: slow rotations are slowed by `factor`, fast ones kept, those between blended (transformers' rule)."""
+    turns = rope["original_max_position_embeddings"] * f / (2 * torch.pi)     # over the length first trained on
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * f + (1 - keep) * f / rope["factor"]
+
+
+ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope["factor"],
+                "llama3": llama3_frequencies}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Families: how each names its weights
+
+class Family(NamedTuple):
+    config: Callable[[dict], Config]
+    names: dict[str, tuple[str, ...]]   # their module: our modules, whose weights (and biases) stacked are theirs
+    prefix: str = ""                    # may or may not stand before every name
+    transposed: str = "(?!)"            # modules whose weight is stored (in, out)
+    buffers: str = "(?!)"               # tensors that are no parameters: kept as they are
+
+    def find(self, name: str, layers: int) -> tuple[list[str], bool] | None:
+        """Our parameters behind their tensor `name`, and whether it is stored transposed."""
+        module, _, leaf = name.removeprefix(self.prefix).rpartition(".")
+        layer = re.search(r"(?<=\.)\d+(?=\.)", module)
+        pattern = module.replace(f".{layer[0]}.", ".{}.", 1) if layer and int(layer[0]) < layers else module
+        if pattern not in self.names or leaf not in ("weight", "bias"):
+            return None
+        ours = [f"{each.format(layer and layer[0])}.{leaf}" for each in self.names[pattern]]
+        return ours, leaf == "weight" and bool(re.search(self.transposed, module))
+
+    def all_names(self, config: Config) -> list[str]:
+        """Their name of every weight of a model that is made, not loaded."""
+        names = [f"{self.prefix}{pattern.format(i)}.{leaf}" for pattern in self.names if pattern != "lm_head"
+                 for i in range(config.layers if "{}" in pattern else 1) for leaf in ("weight", "bias")]
+        return names if config.tied else [*names, "lm_head.weight"]
+
+
+GPT2_NAMES = {
+    "wte": ("embed",),
+    "wpe": ("position",),
+    "h.{}.ln_1": ("blocks.{}.norm1",),
+    "h.{}.attn.c_attn": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v"),
+    "h.{}.attn.c_proj": ("blocks.{}.attn.out",),
+    "h.{}.ln_2": ("blocks.{}.norm2",),
+    "h.{}.mlp.c_fc": ("blocks.{}.mlp.up",),
+    "h.{}.mlp.c_proj": ("blocks.{}.mlp.down",),
+    "ln_f": ("norm",),
+    "lm_head": ("head",),
+}
+LLAMA_NAMES = {
+    "model.embed_tokens": ("embed",),
+    "model.layers.{}.input_layernorm": ("blocks.{}.norm1",),
+    "model.layers.{}.self_attn.q_proj": ("blocks.{}.attn.q",),
+    "model.layers.{}.self_attn.k_proj": ("blocks.{}.attn.k",),
+    "model.layers.{}.self_attn.v_proj": ("blocks.{}.attn.v",),
+    "model.layers.{}.self_attn.o_proj": ("blocks.{}.attn.out",),
+    "model.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
+    "model.layers.{}.mlp.gate_proj": ("blocks.{}.mlp.gate",),
+    "model.layers.{}.mlp.up_proj": ("blocks.{}.mlp.up",),
+    "model.layers.{}.mlp.down_proj": ("blocks.{}.mlp.down",),
+    "model.norm": ("norm",),
+    "lm_head": ("head",),
+}
+FAMILIES = {                            # model_type of config.json
+    "gpt2": Family(gpt2_config, GPT2_NAMES, "transformer.", r"\.c_(attn|proj|fc)$", r"\.attn\.(masked_)?bias$"),
+    "llama": Family(llama_config, LLAMA_NAMES, buffers=r"\.rotary_emb\.inv_freq$"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. The transformer
+
+BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
+
+
+def visible(query: Tensor, key: Tensor) -> Tensor:
+    """Which earlier tokens a token sees, by segment ids: its own branch, and the prompt of its own group."""
+    return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
+
+
+def attention_mask(segments: Tensor) -> Tensor:
+    """(B, T) segment ids -> (B, 1, T, T), True where attention is allowed.  Every token sees itself: no empty row."""
+    allowed = visible(segments[:, :, None], segments[:, None, :])
+    return allowed.tril()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions; the halves of a head are the two coordinates (Hugging Face's layout)."""
+    a, b = x.chunk(2, dim=-1)                                        # (B, H, T, D/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of the tokens so far, of one attention layer."""
+
+    def __init__(self):
+        self.kept = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kept, (k, v)))
+        self.kept = k, v
+        return self.kept
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.grouped = c.kv_heads != c.heads
+        self.q = nn.Linear(c.dim, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
+
+    def forward(self, x, rope, mask, cache):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)                                # (B, KV, past + T, D)
+        causal = mask is None and q.size(2) > 1                      # one new token sees all that is cached
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        return self.out(y.transpose(1, 2).flatten(2))                # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.act = ACTIVATIONS[c.activation]
+        self.gate = nn.Linear(c.dim, c.hidden, bias=c.mlp_bias) if c.gated else None
+        self.up = nn.Linear(c.dim, c.hidden, bias=c.mlp_bias)
+        self.down = nn.Linear(c.hidden, c.dim, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x) if self.gate else self.act(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        norm = nn.RMSNorm if c.rms else nn.LayerNorm
+        self.norm1, self.attn = norm(c.dim, eps=c.eps), Attention(c)
+        self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
+
+    def forward(self, x, rope, mask, cache=None):
+        x = x + self.attn(self.norm1(x), rope, mask, cache)          # (B, T, C)
+        return x + self.mlp(self.norm2(x))                           # (B, T, C)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.  There is no dropout: the reference is the policy before step 1, exactly."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.chunk = max(1, 2 ** 24 // config.vocab_size)            # rows of logits at a time: 64 MiB of float32
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = (nn.RMSNorm if config.rms else nn.LayerNorm)(config.dim, eps=config.eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
+        x = self.embed(tokens)                                       # (B, T) -> (B, T, C)
+        rope = None
+        if self.position is not None:
+            x = x + self.position(positions)                         # (B, T, C)
+        else:
+            rope = self._rotations(positions)                        # cos and sin, (B, 1, T, D/2)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, rope, mask, cache)                          # (B, T, C)
+        return self.norm(x)
+
+    def _rotations(self, positions):
+        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        frequencies = ROPE_SCALING[self.config.rope["rope_type"]](
+            self.config.rope["rope_theta"] ** -exponent, self.config.rope)                  # (D/2)
+        angles = positions[:, None, :, None] * frequencies           # (B, 1, T, D/2)
+        return angles.cos(), angles.sin()
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, V) float32 logits of plain text, all at once (for short texts and tests)."""
+        positions = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+        return self.head(self.hidden(ids, positions)).float()
+
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor, source: Tensor, target: Tensor,
+                entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(N,) float32 log-probability of each scored token and, if asked for, (N,) entropy in nats of what
+        the model expected there.
+
+        tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
+        from the hidden state at source[i] (N,), an index into the B*T tokens.
+        """
+        x = self.hidden(tokens, positions, attention_mask(segments)).flatten(0, 1)[source]  # (N, C)
+        score = partial(checkpoint, self._score, use_reentrant=False, preserve_rng_state=False) \
+            if torch.is_grad_enabled() else self._score              # logits are made again for the backward pass
+        parts = [score(h, t, entropy) for h, t in zip(x.split(self.chunk), target.split(self.chunk))]
+        logp, entropies = zip(*parts)
+        return torch.cat(logp), torch.cat(entropies) if entropy else None
+
+    def _score(self, x, target, entropy):
+        logits = self.head(x).float()                                # (n, V), n at most self.chunk
+        log_z = logits.logsumexp(-1)                                 # (n,)
+        logp = logits.gather(-1, target[:, None])[:, 0] - log_z
+        if not entropy:
+            return logp, None
+        return logp, log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+
+    @torch.no_grad()
+    def generate(self, ids: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+                 stop: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Iterator[int]:
+        """Yield sampled token ids until one is in `stop` (not yielded) or the positions end; temperature 0: greedy."""
+        device = self.embed.weight.device
+        caches, new = [Cache() for _ in self.blocks], ids            # the prompt, then a token at a time
+        for length in range(len(ids), min(len(ids) + max_new_tokens, self.config.positions)):
+            positions = torch.arange(length - len(new), length, device=device)[None]
+            x = self.hidden(torch.tensor([new], device=device), positions, caches=caches)[0, -1]
+            token = sample(self.head(x).float().cpu(), temperature, top_p, generator)
+            if token in stop:
+                return
+            yield token
+            new = [token]
+
+    # --- Hugging Face folders ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, settings: dict, files: dict[str, bytes] | None = None) -> "Transformer":
+        """A model with random weights (normal, 0.02) from the contents of a config.json, to be saved with `files`."""
+        family, config = read_config(settings, "config")
+        model = cls(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        names = [name for name in family.all_names(config) if family.find(name, config.layers)[0][0] in parameters]
+        model.origin = Origin(family, {"config.json": json.dumps(settings, indent=2).encode(), **(files or {})},
+                              {name: ("model.safetensors", torch.float32) for name in names}, {}, {})
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Transformer":
+        """Read a Hugging Face folder (config.json and safetensors); the parameters become float32.
+
+        Raises BadModel, naming the file or tensor: unknown family, pickles, missing, left-over or misshapen tensors.
+        """
+        origin, config, tensors = read_folder(Path(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        have = {}
+        for name, tensor in tensors:
+            ours, transposed = origin.family.find(name, config.layers) or ([], False)
+            if not ours or ours[0] not in shapes:
+                raise BadModel(f"{folder}: tensor {name!r} {tuple(tensor.shape)} has no place in this model of "
+                               f"{config.layers} layers; is config.json that of another one?")
+            tensor = tensor.t() if transposed else tensor
+            sizes = [shapes[p][0] for p in ours]
+            if tensor.shape != (sum(sizes), *shapes[ours[0]][1:]):
+                raise BadModel(f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for "
+                               f"{(sum(sizes), *shapes[ours[0]][1:])}" + " (transposed)" * transposed)
+            for p, part in zip(ours, tensor.split(sizes)):
+                have[p] = part.to(device, torch.float32).contiguous()
+        if config.tied and have.keys() & {"embed.weight", "head.weight"}:
+            embed = have.setdefault("embed.weight", have.get("head.weight"))
+            if not torch.equal(embed, have.setdefault("head.weight", embed)):
+                raise BadModel(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
+        missing = sorted(shapes.keys() - have.keys())
+        if missing:
+            raise BadModel(f"{folder}: no tensor for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}")
+        model.load_state_dict(have, assign=True)
+        if config.tied:
+            model.head.weight = model.embed.weight
+        model.origin = origin
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that from_pretrained read, with these weights: same files, tensor names, shapes, dtypes.
+
+        Everything is written beside its place first and then renamed, so that no file is ever half written.
+        """
+        folder, origin = Path(folder), self.origin
+        staging = folder / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        for file in sorted({file for file, _ in origin.tensors.values()}):
+            tensors = {}
+            for name, (where, dtype) in origin.tensors.items():
+                if where != file:
+                    continue
+                if name in origin.buffers:
+                    tensors[name] = origin.buffers[name]
+                    continue
+                ours, transposed = origin.family.find(name, self.config.layers)
+                stacked = torch.cat([parameters[p].detach().cpu() for p in ours if p in parameters])
+                tensors[name] = (stacked.t() if transposed else stacked).to(dtype, copy=True).contiguous()
+            save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
+            (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
+        for name, content in origin.files.items():
+            (staging / name).write_bytes(content)
+        for path in staging.iterdir():
+            os.replace(path, folder / path.name)
+        staging.rmdir()
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The end-of-text ids that the folder's generation_config.json and config.json name."""
+        found = []
+        for name in ("generation_config.json", "config.json"):
+            ids = json.loads(self.origin.files.get(name, b"{}")).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids] if ids is not None else []
+        return tuple(dict.fromkeys(found))
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    """One token id from (V,) logits; top_p keeps the fewest likeliest tokens whose probabilities reach it."""
+    if temperature == 0:
+        return int(logits.argmax())
+    chances, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    chances[chances.cumsum(0) - chances >= top_p] = 0
+    return int(ids[torch.multinomial(chances, 1, generator=generator)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Reading a folder
+
+class Origin(NamedTuple):
+    """What a folder held besides the numbers, so that saving can give it back."""
+    family: Family
+    files: dict[str, bytes]                       # config, tokenizer, index: copied as they are
+    tensors: dict[str, tuple[str, torch.dtype]]   # name: (file, dtype)
+    buffers: dict[str, Tensor]                    # tensors that are no parameters
+    metadata: dict[str, dict]                     # of each safetensors file
+
+
+KEPT = (".json", ".jinja", ".model", ".txt")      # files beside the weights that belong to a model
+
+
+def read_config(settings: dict, where: str) -> tuple[Family, Config]:
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind not in FAMILIES:
+        raise BadModel(f"{where}: model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
+    try:
+        config = FAMILIES[kind].config(settings)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise BadModel(f"{where}: a {kind} model needs {error} there") from None
+    if config.activation not in ACTIVATIONS:
+        raise BadModel(f"{where}: activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    return FAMILIES[kind], config
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadModel(f"{path}: not JSON ({error})") from None
+
+
+def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
+    """What is in a Hugging Face folder; the tensors come one by one."""
+    if not (folder / "config.json").is_file():
+        raise BadModel(f"{folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}; "
+                       "a model is a folder with config.json, *.safetensors and tokenizer.json")
+    family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise BadModel(f"{folder}: neither model.safetensors nor its index there" + (
+            f", only {pickles[0]}: loading a pickle can run any code, so none is read; convert it with "
+            "transformers (from_pretrained, then save_pretrained)" if pickles else ""))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise BadModel(f"{index}: names the file {name!r}, which is not in {folder}")
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
+             if path.suffix in KEPT and path.is_file() and path.stat().st_size < 2 ** 27}
+    origin = Origin(family, files, {}, {}, {})
+    return origin, config, _tensors(folder, names, origin)
+
+
+def _tensors(folder, names, origin):
+    for file in names:
+        try:
+            with safe_open(folder / file, "pt") as tensors:
+                origin.metadata[file] = tensors.metadata() or {}
+                for name in tensors.keys():                          # noqa: SIM118 (it is not a dict)
+                    tensor = tensors.get_tensor(name)
+                    origin.tensors[name] = file, tensor.dtype
+                    if re.search(origin.family.buffers, name):
+                        origin.buffers[name] = tensor
+                    else:
+                        yield name, tensor
+        except SafetensorError as error:
+            raise BadModel(f"{folder / file}: not a whole safetensors file ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description="Continue a text.", allow_abbrev=False)
+    parser.add_argument("folder", help="Hugging Face folder with config.json, *.safetensors, tokenizer.json")
+    parser.add_argument("-p", "--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
+        if "tokenizer.json" not in model.origin.files:
+            raise BadModel(f"{args.folder}: no tokenizer.json there")
+    except (BadModel, OSError) as error:
+        print(f"model.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
+    print(args.prompt, end="", flush=True)
+    ids, shown = [], ""
+    for token in model.generate(tokenizer.encode(args.prompt).ids, args.max_new_tokens, args.temperature, args.top_p,
+                                model.stop_tokens, torch.Generator().manual_seed(args.seed)):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):           # a character may take several tokens
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+
+
+if __name__ == "__main__":
+    main()
