@@ -393,6 +393,25 @@ class Population:
             yield {"prompt": prompt, "chosen": " " + self.answers[question][better],
                    "rejected": " " + self.answers[question][worse], "dispersion": self.phi[question].item()}
 
+    def measure(self, logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
+        """What a policy does to this population: exact sums over the answers, each (Q,), the mean over the names.
+
+        logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name.
+        """
+        p, r = (x.double().log_softmax(-1) for x in (logp, ref_logp))                      # (Q, N, A)
+        reward = (logp - ref_logp).double()
+        agree = torch.where(reward[..., :, None] > reward[..., None, :], self.wins[:, None], 1 - self.wins[:, None])
+        agree = torch.where(reward[..., :, None] == reward[..., None, :], 0.5, agree)      # (Q, N, A, A)
+        above = torch.ones(6, 6).triu(1).bool()
+        return {name: value.mean(-1) for name, value in {
+            "kl": (p.exp() * (p - r)).sum(-1),
+            "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),      # against the reference
+            "consensus_rank": (p.exp() * torch.arange(6.0, dtype=torch.float64)).sum(-1),  # 0: always the favourite
+            "reward_accuracy": agree[..., above].mean(-1),       # share of the members who agree with the reward
+            "entropy": -(p.exp() * p).sum(-1),
+            "elsewhere": 1 - logp.double().exp().sum(-1),        # probability of anything but the six answers
+        }.items()}
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """A byte-level BPE in which each of the demo's words is a token, as the files of a Hugging Face folder."""
         texts = [self.prompt(name, q) + " " + " ".join(words)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mallowspo
-from data import BadData, Dataset, Pair, Schedule, Tokenizer, collate, load_pairs, write_jsonl
+from data import NEW_NAMES, BadData, Dataset, Pair, Population, Schedule, Tokenizer, collate, load_pairs, write_jsonl
 from mallowspo import LOSSES, Method, Outcome
 from model import BadModel, Transformer
 
@@ -66,7 +66,7 @@ class Config:
     eval_pairs: int = flag(0, "without --eval-data: hold out this many pairs of --data")
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
-    loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; the flags up to --sft change the row")
+    loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags up to --sft change it")
     dispersion: Literal["constant", "entropy", "field"] | None = flag(None, "where the weight of a prompt comes from")
     beta: float | None = flag(None, "pull to the reference")
     alpha: float | None = flag(None, "share of the reference in the reward")
@@ -147,7 +147,8 @@ def config_flags(path: str) -> list[str]:
         settings = settings.get("config", settings)
         items = settings.items()
     except (OSError, ValueError, AttributeError) as error:
-        raise BadConfig(f"--config {path}: {getattr(error, 'strerror', None) or f'not a JSON object ({error})'}") from None
+        why = getattr(error, "strerror", None) or f"not a JSON object ({error})"
+        raise BadConfig(f"--config {path}: {why}") from None
     flags = []
     for name, value in items:
         dashed = "--" + name.replace("_", "-")
@@ -581,13 +582,139 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# 7. The demo: a population whose dispersion is known
+
+DEMO = {"lr": 1e-3, "steps": 240, "log_every": 60, "max_tokens": 64, "tokens_per_row": 1024, "samples": 3,
+        "sample_tokens": 8}
+DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+              "tie_word_embeddings": True, "hidden_act": "silu"}
+MATCHED_KL = (0.1, 0.3)                              # nats, where the methods are compared
+MEASURES = {"win_rate": (+1, 0.002), "consensus_rank": (-1, 0.01), "reward_accuracy": (+1, 0.002)}
+
+
+def demo(cfg: Config, chosen: bool, world: World) -> None:
+    """Make a population, a reference that answers as its members do, and train on what members prefer."""
+    out, population = Path(cfg.out), Population()
+    folder = out / "demo"
+    torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
+    make_folder(out, world)
+    if world.rank == 0:
+        files = population.tokenizer_files()
+        vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
+        settings = {**DEMO_MODEL, "vocab_size": len(vocabulary), "eos_token_id": vocabulary["<end>"]}
+        torch.manual_seed(cfg.seed)
+        Transformer.from_config(settings, files).save_pretrained(folder / "untrained")
+        write_jsonl(folder / "favourites.jsonl", population.favourites(9600, cfg.seed))
+        write_jsonl(folder / "pairs.jsonl", population.judgements(4800, cfg.seed + 1))
+        (folder / "reference.safetensors").unlink(missing_ok=True)
+    world.barrier()
+    world.say("--- the reference: a small model learns what the members of the population answer")
+    start = Config(**{**DEMO, "model": str(folder / "untrained"), "data": str(folder / "favourites.jsonl"),
+                      "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "steps": 400, "log_every": 100,
+                      "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
+    fit(start, world)
+    methods = {}
+    for loss in [cfg.loss] if chosen else ["dpo", "mallows-theta", "mallows-phi"]:
+        world.say(f"\n--- {loss}: the policy learns what the members prefer")
+        path = []
+        job = dataclasses.replace(cfg, model=start.out, data=str(folder / "pairs.jsonl"), loss=loss,
+                                  out=str(out / loss), reference=str(folder / "reference.safetensors"))
+        every = max(1, (cfg.steps or 240) // 40)
+
+        def watch(step, model, path=path, every=every):
+            if step % every == 0 and world.rank == 0:
+                path.append((step, answer_logp(model, population, Tokenizer(start.out), world)))
+        fit(job, world, watch)
+        methods[loss] = [(step, population.measure(logp, path[0][1])) for step, logp in path]
+    if world.rank == 0:
+        report(out, population, methods)
+
+
+@torch.inference_mode()
+def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer, world: World) -> Tensor:
+    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has."""
+    logp = []
+    for q, answers in enumerate(population.answers):
+        sides = [np.array(tokenizer.response(" " + answer)) for answer in answers]
+        groups = [(np.array(tokenizer.prompt(population.prompt(name, q))), *sides) for name in NEW_NAMES]
+        row = collate(groups, world.device)
+        with world.autocast():
+            logp.append(row.total(model(*row.inputs())[0]).cpu())                         # (N, A)
+    return torch.stack(logp)
+
+
+def report(out: Path, population: Population, methods: dict) -> None:
+    """Compare the methods where they have moved equally far from the reference; write report.json."""
+    half, content = len(population.phi) // 2, {}
+    for loss, path in methods.items():
+        rows = [{"step": step, **{k: v.mean().item() for k, v in m.items()},
+                 **{f"{k}_{name}": m[k][side].mean().item() for k in ("kl", "entropy")
+                    for name, side in (("low", slice(half)), ("high", slice(half, None)))}} for step, m in path]
+        content[loss] = {key: [row[key] for row in rows] for key in rows[0]}
+    lines = (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines()
+    found = [[] for _ in population.phi]
+    for row in map(json.loads, lines):
+        found[row["index"] % len(found)].append(row["entropy"])
+    entropy = [float(np.mean(each)) for each in found]
+    correlation = rank_correlation(entropy, population.phi.tolist())
+    write_json(out / "report.json", {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
+                                     "index": entropy, "questions": population.questions, "methods": content})
+    print(f"\n--- report: {len(population.questions)} questions, asked by {len(NEW_NAMES)} names that were never trained "
+          f"on; all figures are exact sums")
+    print(f"rank correlation of the dispersion index with the true phi: {correlation:.3f}")
+    best = torch.maximum(population.wins, 1 - population.wins)[:, torch.ones(6, 6).triu(1).bool()].mean()
+    print(f"reward accuracy that no one can pass (people disagree): {best:.3f}")
+    for kl in MATCHED_KL:
+        print_at(kl, content)
+    print(f"\nwritten to {out / 'report.json'}, along the whole path of steps")
+
+
+def rank_correlation(x, y) -> float:
+    """Spearman's."""
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def at_kl(path: dict[str, list], kl: float) -> dict[str, float] | None:
+    """The path's figures where it first passes this KL, between two steps in proportion; None: it never does."""
+    for i in range(1, len(path["kl"])):
+        low, high = path["kl"][i - 1:i + 1]
+        if low <= kl < high:
+            t = (kl - low) / (high - low)
+            return {key: (1 - t) * values[i - 1] + t * values[i] for key, values in path.items()}
+    return None
+
+
+def print_at(kl: float, methods: dict[str, dict]) -> None:
+    """A table at one KL, and a sentence for each measure."""
+    print(f"\nat KL {kl} nats     step   win rate   consensus rank   reward accuracy   KL agreed | disputed"
+          f"   entropy agreed | disputed")
+    rows = {loss: at_kl(path, kl) for loss, path in methods.items()}
+    for loss, row in rows.items():
+        print(f"{loss:<16} " + (
+            f"{row['step']:>7.0f}   {row['win_rate']:>8.4f}   {row['consensus_rank']:>14.3f}   "
+            f"{row['reward_accuracy']:>15.4f}   {row['kl_low']:>9.3f} | {row['kl_high']:<8.3f}"
+            f"   {row['entropy_low']:>14.3f} | {row['entropy_high']:.3f}" if row else "    never got there"))
+    if rows.get("dpo"):
+        for key, (sign, same) in MEASURES.items():
+            for loss in (name for name, row in rows.items() if row and name != "dpo"):
+                gain = sign * (rows[loss][key] - rows["dpo"][key])
+                verdict = "no different from" if abs(gain) < same else "better than" if gain > 0 else "worse than"
+                print(f"  {key.replace('_', ' ')}: {loss} is {verdict} dpo ({sign * gain:+.4f})")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # 7. The command line
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse_flags(sys.argv[1:] if argv is None else argv, {})[0]
     try:
+        cfg, given = parse_flags(sys.argv[1:] if argv is None else argv, DEMO)
         world = join_world(cfg)
-        fit(cfg, world)
+        if cfg.model:
+            fit(cfg, world)
+        else:
+            demo(cfg, "loss" in given, world)
     except (BadConfig, BadData, BadModel) as error:
         stop(2, error)
     except RunFailed as error:
