@@ -354,6 +354,9 @@ NAMES = ("Ada Ben Carla David Elena Felix Greta Hugo Ines Jonas Klara Leo Maria 
 NEW_NAMES = "Pia Quentin Rita Sven Thea Uwe Vera Willem".split()       # only ever asked in the evaluation
 
 
+ABOVE = torch.ones(6, 6).triu(1).bool()                               # each pair of answers once, the better one first
+
+
 class Population:
     """People who rank six answers to each of 24 questions, by a Kendall-Mallows model with one phi a question."""
 
@@ -402,15 +405,18 @@ class Population:
         reward = (logp - ref_logp).double()
         agree = torch.where(reward[..., :, None] > reward[..., None, :], self.wins[:, None], 1 - self.wins[:, None])
         agree = torch.where(reward[..., :, None] == reward[..., None, :], 0.5, agree)      # (Q, N, A, A)
-        above = torch.ones(6, 6).triu(1).bool()
         return {name: value.mean(-1) for name, value in {
             "kl": (p.exp() * (p - r)).sum(-1),
             "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),      # against the reference
             "consensus_rank": (p.exp() * torch.arange(6.0, dtype=torch.float64)).sum(-1),  # 0: always the favourite
-            "reward_accuracy": agree[..., above].mean(-1),       # share of the members who agree with the reward
+            "reward_accuracy": agree[..., ABOVE].mean(-1),       # share of the members who agree with the reward
             "entropy": -(p.exp() * p).sum(-1),
             "elsewhere": 1 - logp.double().exp().sum(-1),        # probability of anything but the six answers
         }.items()}
+
+    def best_accuracy(self) -> float:
+        """The reward accuracy of the consensus order: a ranking that agrees with more people does not exist."""
+        return self.wins[:, ABOVE].mean().item()
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """A byte-level BPE in which each of the demo's words is a token, as the files of a Hugging Face folder."""
@@ -424,6 +430,37 @@ class Population:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>"}
         return {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+
+
+MATCHED_KL = (0.1, 0.3)                                               # nats: methods are compared where they moved as far
+MEASURES = {"win_rate": (+1, 0.002), "consensus_rank": (-1, 0.01), "reward_accuracy": (+1, 0.002)}   # (good, the same)
+
+
+def at_kl(path: dict[str, list[float]], kl: float) -> dict[str, float] | None:
+    """A path's figures where it first passes this KL, between two points in proportion; None: it never does."""
+    for i, (low, high) in enumerate(zip(path["kl"], path["kl"][1:])):
+        if low <= kl < high:
+            t = (kl - low) / (high - low)
+            return {key: (1 - t) * values[i] + t * values[i + 1] for key, values in path.items()}
+    return None
+
+
+def compare_at(kl: float, methods: dict[str, dict[str, list[float]]]) -> str:
+    """A table of all methods at one KL, and a sentence for each measure."""
+    rows = {name: at_kl(path, kl) for name, path in methods.items()}
+    lines = [f"at KL {kl} nats    step  win rate  consensus rank  reward accuracy  KL agreed | disputed"
+             "  entropy agreed | disputed"]
+    for name, r in rows.items():
+        lines.append(f"{name:<15}  " + (
+            f"{r['step']:>5.0f}  {r['win_rate']:>8.4f}  {r['consensus_rank']:>14.3f}  {r['reward_accuracy']:>15.4f}"
+            f"  {r['kl_agreed']:>9.3f} | {r['kl_disputed']:<8.3f}  {r['entropy_agreed']:>14.3f} | "
+            f"{r['entropy_disputed']:.3f}" if r else "never went so far"))
+    for key, (good, same) in MEASURES.items() if rows.get("dpo") else ():
+        for name in [name for name, r in rows.items() if r and name != "dpo"]:
+            change = rows[name][key] - rows["dpo"][key]
+            verdict = "as good as" if abs(change) < same else "better than" if good * change > 0 else "worse than"
+            lines.append(f"  {key.replace('_', ' ')}: {name} is {verdict} dpo ({change:+.4f})")
+    return "\n".join(lines)
 
 
 def write_jsonl(path: Path, rows) -> None:

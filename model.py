@@ -441,6 +441,10 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
         config = FAMILIES[kind].config(settings)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise BadModel(f"{where}: a {kind} model needs {error} there") from None
+    for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise BadModel(f"{where}: a {kind} model needs a size above 0 for its {name}, found {value!r}")
     if config.activation not in ACTIVATIONS:
         raise BadModel(f"{where}: activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     return FAMILIES[kind], config

@@ -33,7 +33,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mallowspo
-from data import NEW_NAMES, BadData, Dataset, Pair, Population, Schedule, Tokenizer, collate, load_pairs, write_jsonl
+from data import (
+    MATCHED_KL,
+    NEW_NAMES,
+    BadData,
+    Dataset,
+    Pair,
+    Population,
+    Schedule,
+    Tokenizer,
+    collate,
+    compare_at,
+    load_pairs,
+    write_jsonl,
+)
 from mallowspo import LOSSES, Method, Outcome
 from model import BadModel, Transformer
 
@@ -126,7 +139,7 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
     for f in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[f.name]
         options = [t for t in typing.get_args(kind) if t is not types.NoneType]
-        kind = options[0] if typing.get_origin(kind) is types.UnionType else kind       # X | None -> X
+        kind = options[0] if typing.get_origin(kind) in (types.UnionType, typing.Union) else kind   # X | None -> X
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
             {"choices": typing.get_args(kind)} if typing.get_origin(kind) is Literal else {"type": kind}
@@ -245,8 +258,10 @@ def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
                "logp": torch.from_numpy(np.concatenate([s.logp for s in scores.values()])),
                "entropy": torch.from_numpy(np.concatenate([s.entropy for s in scores.values()]))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path.with_suffix(".new"), metadata={"key": key})
-    os.replace(path.with_suffix(".new"), path)
+    new = path.with_suffix(".new")
+    save_file(tensors, new, metadata={"key": key})
+    new.chmod(0o644)                                               # safetensors leaves it readable by its owner only
+    os.replace(new, path)
 
 
 @torch.inference_mode()
@@ -259,7 +274,7 @@ def score_reference(model: Transformer, path: Path, rows: list[list[Pair]], worl
     known = read_reference(path, key)
     todo = [row for row in rows if any(pair.digest() not in known for pair in row)]
     count = int(world.total(torch.tensor(sum(len(row) for row in todo), device=world.device)))
-    world.say(f"reference   {f'scoring {count:,} pairs' if count else 'all scores reused from'} {path}")
+    world.say(f"reference   {f'scoring {count:,} pairs into' if count else 'all scores reused from'} {path}")
     for row in todo:
         packed = collate([pair[:3] for pair in row], world.device)
         with world.autocast():
@@ -479,6 +494,7 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
         write_jsonl(out / "samples.jsonl", texts)
         save_model(model, out)
         write_json(out / "run.json", {**record, "finished": True})
+    world.barrier()                                                # nobody reads the folder before it is whole
     world.say(f"saved       {out}: the model, run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl")
     return model
 
@@ -589,8 +605,6 @@ DEMO = {"lr": 1e-3, "steps": 240, "log_every": 60, "max_tokens": 64, "tokens_per
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": True, "hidden_act": "silu"}
-MATCHED_KL = (0.1, 0.3)                              # nats, where the methods are compared
-MEASURES = {"win_rate": (+1, 0.002), "consensus_rank": (-1, 0.01), "reward_accuracy": (+1, 0.002)}
 
 
 def demo(cfg: Config, chosen: bool, world: World) -> None:
@@ -650,58 +664,23 @@ def report(out: Path, population: Population, methods: dict) -> None:
     for loss, path in methods.items():
         rows = [{"step": step, **{k: v.mean().item() for k, v in m.items()},
                  **{f"{k}_{name}": m[k][side].mean().item() for k in ("kl", "entropy")
-                    for name, side in (("low", slice(half)), ("high", slice(half, None)))}} for step, m in path]
+                    for name, side in (("agreed", slice(half)), ("disputed", slice(half, None)))}} for step, m in path]
         content[loss] = {key: [row[key] for row in rows] for key in rows[0]}
-    lines = (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines()
-    found = [[] for _ in population.phi]
-    for row in map(json.loads, lines):
-        found[row["index"] % len(found)].append(row["entropy"])
-    entropy = [float(np.mean(each)) for each in found]
-    correlation = rank_correlation(entropy, population.phi.tolist())
+    index = [[] for _ in population.phi]
+    for line in (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        index[row["index"] % len(index)].append(row["entropy"])    # the pairs ask the questions in turn
+    index = [float(np.mean(each)) for each in index]
+    ranks = [np.argsort(np.argsort(values)) for values in (index, population.phi.tolist())]
+    correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
     write_json(out / "report.json", {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
-                                     "index": entropy, "questions": population.questions, "methods": content})
-    print(f"\n--- report: {len(population.questions)} questions, asked by {len(NEW_NAMES)} names that were never trained "
-          f"on; all figures are exact sums")
-    print(f"rank correlation of the dispersion index with the true phi: {correlation:.3f}")
-    best = torch.maximum(population.wins, 1 - population.wins)[:, torch.ones(6, 6).triu(1).bool()].mean()
-    print(f"reward accuracy that no one can pass (people disagree): {best:.3f}")
+                                     "index": index, "questions": population.questions, "methods": content})
+    print(f"\n--- report: {len(population.questions)} questions, asked by {len(NEW_NAMES)} names never trained on; all "
+          f"figures are exact sums\nrank correlation of the dispersion index with the true phi: {correlation:.3f}\n"
+          f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}")
     for kl in MATCHED_KL:
-        print_at(kl, content)
+        print("\n" + compare_at(kl, content))
     print(f"\nwritten to {out / 'report.json'}, along the whole path of steps")
-
-
-def rank_correlation(x, y) -> float:
-    """Spearman's."""
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def at_kl(path: dict[str, list], kl: float) -> dict[str, float] | None:
-    """The path's figures where it first passes this KL, between two steps in proportion; None: it never does."""
-    for i in range(1, len(path["kl"])):
-        low, high = path["kl"][i - 1:i + 1]
-        if low <= kl < high:
-            t = (kl - low) / (high - low)
-            return {key: (1 - t) * values[i - 1] + t * values[i] for key, values in path.items()}
-    return None
-
-
-def print_at(kl: float, methods: dict[str, dict]) -> None:
-    """A table at one KL, and a sentence for each measure."""
-    print(f"\nat KL {kl} nats     step   win rate   consensus rank   reward accuracy   KL agreed | disputed"
-          f"   entropy agreed | disputed")
-    rows = {loss: at_kl(path, kl) for loss, path in methods.items()}
-    for loss, row in rows.items():
-        print(f"{loss:<16} " + (
-            f"{row['step']:>7.0f}   {row['win_rate']:>8.4f}   {row['consensus_rank']:>14.3f}   "
-            f"{row['reward_accuracy']:>15.4f}   {row['kl_low']:>9.3f} | {row['kl_high']:<8.3f}"
-            f"   {row['entropy_low']:>14.3f} | {row['entropy_high']:.3f}" if row else "    never got there"))
-    if rows.get("dpo"):
-        for key, (sign, same) in MEASURES.items():
-            for loss in (name for name, row in rows.items() if row and name != "dpo"):
-                gain = sign * (rows[loss][key] - rows["dpo"][key])
-                verdict = "no different from" if abs(gain) < same else "better than" if gain > 0 else "worse than"
-                print(f"  {key.replace('_', ' ')}: {loss} is {verdict} dpo ({sign * gain:+.4f})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -729,8 +708,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stop(status: int, why) -> None:
-    if int(os.environ.get("RANK", 0)) == 0 or status == 1:
-        print(f"train.py: error: {why}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("RANK", 0))
+    print(f"train.py: error: {why}" + f" (rank {rank})" * (rank > 0), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -1,0 +1,82 @@
+"""Small models made by transformers, pairs of the demo's population, and a way to run the scripts as a user does."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+from data import Population, write_jsonl  # noqa: E402
+
+LLAMA = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=128, tie_word_embeddings=False)
+GPT2 = dict(n_embd=48, n_layer=2, n_head=4, n_positions=128)
+ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+             original_max_position_embeddings=32)
+MODELS = {
+    "gpt2": (transformers.GPT2Config, GPT2),
+    "gpt2-untied": (transformers.GPT2Config, dict(GPT2, tie_word_embeddings=False, n_inner=60)),
+    "llama-grouped": (transformers.LlamaConfig, LLAMA),
+    "llama-tied": (transformers.LlamaConfig, dict(LLAMA, tie_word_embeddings=True, head_dim=16)),
+    "llama-biased": (transformers.LlamaConfig, dict(LLAMA, attention_bias=True, mlp_bias=True)),
+    "llama-rope3": (transformers.LlamaConfig, dict(LLAMA, rope_parameters=ROPE3)),
+    "llama-linear": (transformers.LlamaConfig, dict(
+        LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=5000.0, factor=4.0))),
+}
+
+
+@pytest.fixture(scope="session")
+def population():
+    return Population()
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory, population):
+    """make_model(name, dtype, shard) -> folder of a random model as transformers writes it, with a tokenizer."""
+    made = {}
+
+    def make(name="llama-tied", dtype=torch.float32, shard="5GB"):
+        if (name, dtype, shard) not in made:
+            files = population.tokenizer_files()
+            vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
+            kind, settings = MODELS[name]
+            end = vocabulary["<end>"]
+            config = kind(**settings, vocab_size=len(vocabulary), bos_token_id=end, eos_token_id=end)
+            torch.manual_seed(1)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():                      # away from the ones and zeros of a fresh model
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            folder = tmp_path_factory.mktemp(name)
+            model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+            for file, content in files.items():
+                (folder / file).write_bytes(content)
+            made[name, dtype, shard] = folder
+        return made[name, dtype, shard]
+    return make
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, population):
+    """A file of 50 pairs."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    write_jsonl(path, population.judgements(50, seed=0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run("train.py", "--flag", ..., processes=1) -> the finished process, its output as text."""
+    def call(script, *arguments, processes=1, cwd=None):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=cwd,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    return call

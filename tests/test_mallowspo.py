@@ -1,0 +1,193 @@
+"""The formulas against enumeration, float64 and high-precision arithmetic."""
+import itertools
+import math
+
+import mpmath
+import pytest
+import torch
+
+import mallowspo
+from mallowspo import LINKS, LOSSES, Method, objective
+
+
+def enumerate_kendall(n, phi):
+    """All rankings of n items (ranks of the centre's items) and their exact probabilities."""
+    ranks = torch.tensor(list(itertools.permutations(range(n))))                          # (n!, n)
+    distance = sum((ranks[:, i] > ranks[:, j]).long() for i in range(n) for j in range(i + 1, n))
+    weights = phi ** distance.double()
+    return ranks, weights / weights.sum(), weights.sum()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("phi", [0.05, 0.3, 0.7, 0.95])
+def test_kendall_model_equals_enumeration(n, phi):
+    ranks, probability, z = enumerate_kendall(n, phi)
+    lam = torch.tensor(-math.log(phi), dtype=torch.float64)
+    assert abs(mallowspo.log_partition(n, lam) - z.log()) < 1e-12
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                exact = probability[ranks[:, i] < ranks[:, j]].sum()
+                assert abs(mallowspo.pair_probability(torch.tensor(float(j - i)).double(), lam) - exact) < 1e-12
+
+
+def test_partition_at_a_coin_toss():
+    assert mallowspo.log_partition(5, torch.zeros(())).item() == pytest.approx(math.log(120), rel=1e-6)
+
+
+def test_sampler_has_the_exact_rates():
+    lam, count = -math.log(0.6), 200_000
+    ranks = mallowspo.sample_rankings(count, 5, lam, torch.Generator().manual_seed(0))
+    assert torch.equal(ranks.sort(1).values, torch.arange(5).expand(count, 5))
+    for i in range(5):
+        for j in range(i + 1, 5):
+            exact = mallowspo.pair_probability(torch.tensor(float(j - i)), torch.tensor(lam)).item()
+            rate = (ranks[:, i] < ranks[:, j]).double().mean().item()
+            assert abs(rate - exact) < 4.5 * math.sqrt(exact * (1 - exact) / count), (i, j)
+
+
+def kendall_reference(h, lam):
+    """-log g in high precision, from the window form with its bridge."""
+    h, lam = mpmath.mpf(h), mpmath.mpf(lam)
+    x = max(min(h, 1), -1)
+    centre = h + (3 * x - x ** 3) / 4
+    a = abs(centre) - mpmath.mpf(1) / 2
+
+    def G(x):
+        return x / (1 - mpmath.exp(-x)) if x else mpmath.mpf(1)
+    g = (G(lam * (a + 1)) - G(lam * a)) / lam
+    return -mpmath.log(g if centre > 0 else 1 - g)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_kendall_link_against_high_precision(dtype, bound):
+    generator = torch.Generator().manual_seed(3)
+    lam = (10 ** (torch.rand(150, generator=generator, dtype=torch.float64) * 7.4 - 6)).to(dtype)
+    size = 10 ** (torch.rand(150, generator=generator, dtype=torch.float64) * 10 - 6)
+    h = (size * (torch.randint(2, (150,), generator=generator) * 2 - 1)).to(dtype).requires_grad_()
+    loss = LINKS["mallows-phi"](h, lam)
+    slope, = torch.autograd.grad(loss.sum(), h)
+    assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
+    for i in range(150):
+        exponent = lam[i].item() * abs(h[i].item())
+        if exponent > 600:                    # the exact value needs as many digits: there, the known asymptote
+            assert h[i] > 0 or loss[i].item() == pytest.approx(exponent, rel=0.05)
+            continue
+        with mpmath.workdps(60 + int(exponent)):
+            want = kendall_reference(h[i].item(), lam[i].item())
+            derivative = mpmath.diff(lambda s, i=i: kendall_reference(s, lam[i].item()), h[i].item())
+            if want > 1e-30:
+                assert abs(loss[i].item() - want) <= bound * abs(want), (h[i], lam[i])
+                assert abs(slope[i].item() - derivative) <= bound * abs(derivative), (h[i], lam[i])
+
+
+def test_kendall_link_is_finite_and_monotone_everywhere():
+    h = torch.cat([-torch.logspace(4, -7, 300), torch.zeros(1), torch.logspace(-7, 4, 300)]).requires_grad_()
+    for lam in [0.0, 1e-6, 1e-3, 0.1, 0.8, 0.9, 1.0, 3.0, 30.0]:
+        loss = LINKS["mallows-phi"](h, torch.tensor(lam))
+        slope, = torch.autograd.grad(loss.sum(), h)
+        assert torch.isfinite(loss).all() and torch.isfinite(slope).all(), lam
+        assert (slope <= 0).all() and (loss.diff() <= 1e-6 * loss[1:].abs()).all(), lam
+    half = LINKS["mallows-phi"](torch.tensor([0.0, -3.0], dtype=torch.bfloat16), torch.tensor(0.7))
+    assert half.dtype == torch.float32
+
+
+def test_links_equal_float64_definitions():
+    h = torch.linspace(-30, 30, 601, dtype=torch.float64)
+    lam = torch.tensor(0.9, dtype=torch.float64)
+    wanted = {"sigmoid": torch.log1p(torch.exp(-h)), "mallows-theta": torch.log1p(torch.exp(-2 * 0.9 * h)),
+              "square": (h - 0.5) ** 2, "hinge": (1 - h).clamp(min=0)}
+    for name, want in wanted.items():
+        assert torch.allclose(LINKS[name](h, lam), want, rtol=1e-12, atol=1e-12), name
+        assert torch.allclose(LINKS[name](h.float(), lam.float()).double(), want, rtol=2e-5, atol=1e-6), name
+
+
+def batch(rows=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ref = -torch.rand(rows, 2, generator=generator) * 50
+    logp = ref + torch.randn(rows, 2, generator=generator) * 5
+    return logp, ref, torch.randint(1, 40, (rows, 2), generator=generator), torch.rand(rows, generator=generator) * 2
+
+
+def test_dpo_equals_its_definition():
+    logp, ref, length, _ = batch()
+    out = objective(LOSSES["dpo"], logp, ref, length, torch.ones(64))
+    h = 0.1 * ((logp - ref)[:, 0] - (logp - ref)[:, 1])
+    assert torch.allclose(out.loss, torch.nn.functional.binary_cross_entropy_with_logits(h, torch.ones(64),
+                                                                                         reduction="none"))
+    assert torch.allclose(out.margin, h, atol=1e-6)
+    swapped = objective(LOSSES["dpo"], logp.flip(1), ref.flip(1), length.flip(1), torch.ones(64))
+    assert torch.equal(swapped.accuracy, 1 - out.accuracy)
+
+
+def test_reductions_are_exact():
+    logp, ref, length, weight = batch()
+    one = torch.ones(64)
+    dpo = objective(LOSSES["dpo"], logp, ref, length, one).loss
+    h = torch.linspace(-9, 9, 999)
+    assert torch.equal(LINKS["mallows-theta"](h, torch.full_like(h, 0.5)), LINKS["sigmoid"](h, None))
+    assert torch.equal(objective(LOSSES["mallows-theta"], logp, ref, length, one).loss, dpo)       # lam = 1/2
+    plugged = LOSSES["dpo"]._replace(dispersion="entropy")                                         # theta by plug-in
+    assert torch.allclose(objective(plugged, logp, ref, length, weight).loss,
+                          objective(LOSSES["mallows-theta"], logp, ref, length, weight).loss, atol=1e-6)
+    assert torch.equal(objective(LOSSES["mallows-ipo"], logp, ref, length, one).loss,
+                       objective(LOSSES["ipo"], logp, ref, length, one).loss)
+    neutral = dict(alpha=1.0, eta=0.0, margin=0.0, sft=0.0, beta=0.1)
+    for name in ("simpo", "rainbowpo"):
+        assert torch.equal(objective(LOSSES[name]._replace(**neutral), logp, ref, length, one).loss, dpo)
+    sft = objective(LOSSES["sft"], logp, ref, length, one).loss
+    assert torch.allclose(sft, -logp[:, 0] / length[:, 0])
+    assert torch.allclose(objective(LOSSES["dpo"]._replace(sft=0.5), logp, ref, length, one).loss, dpo + 0.5 * sft)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_method_is_finite_and_pulls_the_right_way(name):
+    for scale in (1.0, 1e4):
+        logp, ref, length, weight = batch()
+        logp = (logp * scale).requires_grad_()
+        out = objective(LOSSES[name], logp, ref, length, weight)
+        grad, = torch.autograd.grad(out.loss.sum(), logp)
+        assert all(torch.isfinite(value).all() for value in (*out, grad))
+        if LOSSES[name].link != "square":                       # that one pulls back what has gone too far
+            assert (grad[:, 0] <= 0).all() and (grad[:, 1] >= 0).all()
+    start = objective(LOSSES[name], ref, ref, length, weight)
+    if LOSSES[name].alpha == 1:
+        assert (start.accuracy == 0.5).all()
+        want = {"square": 0.25, "hinge": 1.0}.get(LOSSES[name].link, math.log(2))
+        assert torch.allclose(start.loss, torch.full((64,), want), atol=3e-7, rtol=0)
+
+
+def test_theta_weights_equal_the_authors_loss():
+    """-logsigmoid(beta * logits * -0.29 * log(H)), as their trainer computes it."""
+    logp, ref, length, _ = batch()
+    entropy = torch.rand(64) * 0.5 + 0.01
+    weight = mallowspo.dispersion_weight(entropy, 0.29)
+    ours = objective(LOSSES["mallows-theta"], logp, ref, length, weight).loss
+    logits = (logp - ref)[:, 0] - (logp - ref)[:, 1]
+    theirs = -torch.nn.functional.logsigmoid(0.1 * logits * -0.29 * torch.log(entropy))
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+
+
+def test_dispersion_weight():
+    entropy = torch.tensor([0.01, 0.2, 0.9])
+    for power in (0.0, 0.5, 1.0):
+        phi_star = mallowspo.calibrate_phi_star(entropy, power)
+        weight = mallowspo.dispersion_weight(entropy, phi_star, power)
+        assert weight.mean().item() == pytest.approx(1, abs=1e-6)
+        assert torch.equal(weight, torch.ones(3)) if power == 0 else (weight.diff() < 0).all()
+    poles = mallowspo.dispersion_weight(torch.tensor([0.0, 1.0]), 1.0)
+    assert torch.isfinite(poles).all() and (poles > 0).all()
+    assert mallowspo.count_clamped(torch.tensor([0.0, 0.5, 1.0])) == 2
+    two = torch.tensor([[math.log(10), 0.0]])
+    assert mallowspo.dispersion_index(two, 10).item() == pytest.approx(0.5)
+
+
+def test_phi_weight_of_one_has_dpos_slope_at_the_start():
+    for weight in (0.5, 1.0, 2.0):
+        h = torch.zeros((), requires_grad=True)
+        slope, = torch.autograd.grad(mallowspo.kendall_logit(h, torch.tensor(weight)), h)
+        assert weight <= slope.item() <= 1.17 * weight
+
+
+def test_table_has_no_unknown_link():
+    assert all(isinstance(row, Method) and (row.link is None or row.link in LINKS) for row in LOSSES.values())

@@ -1,0 +1,290 @@
+"""train.py as a user runs it."""
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train
+from data import write_jsonl
+from mallowspo import LOSSES
+from model import Transformer
+
+QUICK = ["--steps", 3, "--batch-size", 16, "--lr", 1e-5, "--samples", 1, "--sample-tokens", 4, "--max-tokens", 64]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory, population):
+    path = tmp_path_factory.mktemp("held") / "held.jsonl"
+    write_jsonl(path, population.judgements(20, seed=9))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(run, make_model, pairs, held_out, tmp_path_factory):
+    """One run of one process, in one row a step."""
+    out = tmp_path_factory.mktemp("out")
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--eval-data", held_out, "--out", out, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_first_step_is_the_reference(trained):
+    first = rows_of(trained[0] / "metrics.jsonl")[1]
+    assert first["step"] == 0 and first["accuracy"] == 0.5 and first["margin"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "loss 0.6931  accuracy 0.500" in trained[1]
+
+
+def test_records(trained, pairs):
+    out, said = trained
+    rows = rows_of(out / "metrics.jsonl")
+    steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+    assert [r["step"] for r in steps] == [0, 1, 2] and [r["step"] for r in evaluations] == [0, 3]
+    assert set(steps[0]) >= {"step", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr",
+                             "grad_norm", "pairs_per_second", "tokens_per_second"}
+    assert evaluations[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    found = rows_of(out / "dispersion.jsonl")
+    assert len(found) == 48 and sum(r["weight"] for r in found) / 48 == pytest.approx(1, abs=1e-5)
+    for row in found:
+        assert row["phi"] == pytest.approx(math.exp(-row["weight"] / 2), rel=1e-5) and 0 < row["entropy"] < 1
+        assert row["where"] == f"{pairs}:{row['index'] + 1}"
+    record = json.loads((out / "run.json").read_text())
+    assert record["finished"] and record["steps"] == 3 and record["config"]["batch_size"] == 16
+    assert f"phi_star {record['phi_star']:.4f} (calibrated)" in said
+    sample, = rows_of(out / "samples.jsonl")
+    assert sample["prompt"].endswith("Answer:") and {"chosen", "rejected", "before", "after"} <= set(sample)
+    assert not [path for path in out.iterdir() if path.suffix == ".new" or path.name.startswith(".")]
+
+
+def test_weights_follow_from_the_entropy_of_transformers(trained, make_model, pairs):
+    """The index of one pair, from transformers' logits alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(make_model())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_model())
+    row = rows_of(trained[0] / "dispersion.jsonl")[7]
+    record = rows_of(pairs)[row["index"]]
+    means = []
+    for side in ("chosen", "rejected"):
+        prompt, response = (tokenizer(record[name])["input_ids"] for name in ("prompt", side))
+        ids = torch.tensor([prompt + response + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            log_p = model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        means.append(-(log_p.exp() * log_p).sum(-1).mean().item())
+    assert row["entropy"] == pytest.approx(sum(means) / 2 / math.log(model.config.vocab_size), abs=1e-6)
+
+
+def test_the_folder_loads_in_transformers(trained, make_model):
+    out, start = trained[0], load_file(make_model() / "model.safetensors")
+    saved = load_file(out / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in saved.items()} == {n: (t.shape, t.dtype) for n, t in start.items()}
+    assert any(not torch.equal(saved[name], start[name]) for name in start)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(ids).logits
+        assert (theirs - Transformer.from_pretrained(out).logits(ids)).abs().max() < 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<end>"
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(saved) and set(index.values()) == {"model.safetensors"}
+
+
+def same_run(trained, other, exactly=False):
+    start, theirs = (load_file(out / "model.safetensors") for out in (trained, other))
+    for name in start:
+        assert (start[name] - theirs[name]).abs().max() <= (0 if exactly else 1e-6), name
+    for one, two in zip(rows_of(trained / "metrics.jsonl"), rows_of(other / "metrics.jsonl")):
+        for key in set(one) - {"pairs_per_second", "tokens_per_second", "memory_gib", "seconds"}:
+            assert one[key] == pytest.approx(two[key], rel=2e-3 if key == "grad_norm" else 1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("processes, row", [(1, 64), (2, 2048), (3, 50)])
+def test_processes_and_rows_change_nothing(trained, run, make_model, pairs, held_out, tmp_path, processes, row):
+    """50 pairs in batches of 16 over 2 and 3 processes: neither divides."""
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--eval-data", held_out, "--out", tmp_path / "out",
+               "--tokens-per-row", row, *QUICK, processes=processes)
+    assert done.returncode == 0, done.stderr
+    same_run(trained[0], tmp_path / "out")
+
+
+def test_a_short_last_batch_over_more_processes_than_pairs(run, make_model, tmp_path, population):
+    write_jsonl(tmp_path / "five.jsonl", population.judgements(5, 0))
+    flags = ["--model", make_model(), "--data", tmp_path / "five.jsonl", "--batch-size", 4, "--epochs", 2,
+             "--samples", 0, "--lr", 1e-5]
+    for processes in (1, 2):
+        done = run("train.py", *flags, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+    same_run(tmp_path / "1", tmp_path / "2")
+    assert [r["step"] for r in rows_of(tmp_path / "1/metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    before = (out / "reference.safetensors").stat().st_mtime_ns
+    done = run("train.py", "--config", out / "run.json", "--out", out)
+    assert done.returncode == 0 and "all scores reused" in done.stdout, done.stderr
+    assert (out / "reference.safetensors").stat().st_mtime_ns == before
+    same_run(trained[0], out, exactly=True)
+    longer = run("train.py", "--config", out / "run.json", "--out", out, "--steps", 4, "--loss", "dpo")
+    assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 3 adds
+
+
+def test_a_reference_of_other_weights_is_refused(trained, run, make_model, pairs, tmp_path):
+    shutil.copy(trained[0] / "reference.safetensors", tmp_path)
+    done = run("train.py", "--model", make_model("gpt2"), "--data", pairs, "--out", tmp_path, *QUICK)
+    refused(done, "reference.safetensors: scored by other weights")
+    (tmp_path / "reference.safetensors").write_bytes(b"broken")
+    refused(run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path, *QUICK), "not a whole file")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains(run, make_model, pairs, tmp_path, loss):
+    done = run("train.py", "--model", make_model("gpt2"), "--data", pairs, "--out", tmp_path, "--loss", loss,
+               "--eval-pairs", 10, "--epochs", 3, "--batch-size", 20, "--lr", 1e-3, "--samples", 0)
+    assert done.returncode == 0, done.stderr
+    rows = [r for r in rows_of(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert rows[-1]["loss"] < rows[0]["loss"] and len(rows) == 6
+
+
+def test_dispersion_of_the_data_and_given_scale(run, make_model, pairs, tmp_path):
+    flags = ["train.py", "--model", make_model(), "--data", pairs, *QUICK]
+    done = run(*flags, "--out", tmp_path / "a", "--loss", "mallows-phi", "--dispersion", "field", "--phi-star", 1)
+    assert done.returncode == 0 and "phi_star 1.0000 (given)" in done.stdout, done.stderr
+    records = rows_of(pairs)
+    for row in rows_of(tmp_path / "a/dispersion.jsonl"):
+        assert row["phi"] == pytest.approx(records[row["index"]]["dispersion"], rel=1e-5)
+    done = run(*flags, "--out", tmp_path / "b", "--dispersion-power", 0)
+    plain = run(*flags, "--out", tmp_path / "c", "--loss", "dpo")
+    assert done.returncode == plain.returncode == 0
+    same_run(tmp_path / "b", tmp_path / "c", exactly=True)                       # power 0 is DPO
+
+
+def test_bfloat16_runs(run, make_model, pairs, tmp_path):
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path, "--dtype", "bfloat16", *QUICK)
+    assert done.returncode == 0, done.stderr
+    first = rows_of(tmp_path / "metrics.jsonl")[0]
+    assert first["accuracy"] == 0.5 and first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+def refused(done, words, status=2):
+    assert done.returncode == status, done.stdout + done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1 or "usage" in done.stderr          # one line (argparse adds the usage)
+
+
+GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
+
+
+@pytest.mark.parametrize("lines, words", [
+    ([json.dumps(GOOD), '{"prompt": "a", "chos'], "data.jsonl:2: not JSON"),
+    ([json.dumps({"prompt": "a", "chosen": "b"})], "data.jsonl:1: has no 'rejected'"),
+    ([json.dumps(GOOD), json.dumps({**GOOD, "chosen": 3})], "data.jsonl:2: 'chosen' is the number 3"),
+    ([json.dumps({**GOOD, "rejected": ""})], "data.jsonl:1: 'rejected' is empty"),
+    ([json.dumps({**GOOD, "rejected": " yes"})], "data.jsonl:1: 'chosen' and 'rejected' are the same"),
+    ([json.dumps({**GOOD, "chosen": " yes" * 500})], "data.jsonl:1: a response does not fit into --max-tokens"),
+    ([], "data.jsonl: no pairs"),
+])
+def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
+    (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines))
+    done = run("train.py", "--model", make_model(), "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
+    refused(done, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--betta", "1"], "unrecognized arguments: --betta 1"), (["--batch", "1"], "unrecognized arguments: --batch"),
+    (["--beta", "abc"], "invalid float value: 'abc'"), (["--steps", "1.5"], "invalid int value"),
+    (["--loss", "foo"], "invalid choice: 'foo'"), (["--beta", "-1"], "--beta is -1.0, it must be above 0"),
+    (["--lr", "nan"], "--lr is nan"), (["--batch-size", "0"], "--batch-size is 0"),
+    (["--dispersion-power", "2"], "--dispersion-power is 2.0"), (["--max-tokens", "5000"], "made for 128 positions"),
+    (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
+    (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
+    (["--dispersion", "votes"], "invalid choice: 'votes'"), (["--config", "nowhere.json"], "--config nowhere.json: No such file"),
+])
+def test_bad_flags_are_refused(run, make_model, pairs, tmp_path, flags, words):
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "out", *flags, cwd=tmp_path)
+    refused(done, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_and_data_go_together(run, pairs, make_model):
+    refused(run("train.py", "--data", pairs), "--model is missing")
+    refused(run("train.py", "--model", make_model()), "--data is missing")
+
+
+def test_bad_folders_are_refused(run, make_model, pairs, tmp_path):
+    shutil.copytree(make_model(), tmp_path / "model")
+    flags = ["train.py", "--model", tmp_path / "model", "--data", pairs, "--out", tmp_path / "out"]
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "model/pytorch_model.bin")
+    refused(run(*flags), "only pytorch_model.bin: loading a pickle can run any code")
+    (tmp_path / "model/pytorch_model.bin").unlink()
+    refused(run(*flags), "neither model.safetensors nor its index")
+    (tmp_path / "model/config.json").write_text('{"model_type": "bloom"}')
+    refused(run(*flags), "model_type 'bloom' is not one of those built here (gpt2, llama)")
+    (tmp_path / "model/config.json").write_text("{")
+    refused(run(*flags), "config.json: not JSON")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_output_is_refused(run, make_model, pairs, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "file/out")
+    refused(done, "cannot be written")
+
+
+def test_config_files(run, make_model, pairs, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"model": str(make_model()), "data": str(pairs), "skip_bad": True,
+                                                 "steps": None, "beta": 0.3}))
+    cfg, given = train.parse_flags(["--config", str(tmp_path / "c.json"), "--beta", "0.2"], {})
+    assert cfg.beta == 0.2 and cfg.skip_bad and given["model"] == str(make_model()) and cfg.method.beta == 0.2
+    for content, words in [('{"bettta": 1}', "unrecognized arguments: --bettta=1"), ("[1]", "not a JSON object"),
+                           ('{"lr": "x"}', "invalid float value: 'x'"), ("{", "not a JSON object")]:
+        (tmp_path / "c.json").write_text(content)
+        refused(run("train.py", "--config", tmp_path / "c.json"), words)
+
+
+def test_non_finite_loss_stops_and_names_the_pairs(run, make_model, pairs, tmp_path):
+    from safetensors.torch import save_file
+    shutil.copytree(make_model("llama-grouped"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["model.embed_tokens.weight"][5:] = math.nan
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    done = run("train.py", "--model", tmp_path / "model", "--data", pairs, "--out", tmp_path / "out", "--loss", "dpo",
+               "--samples", 0)
+    refused(done, f"the loss is not finite; nothing was saved; the pairs: {pairs}:", status=1)
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+# --- the demo -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, processes, methods", [
+    ([], 1, ["dpo", "mallows-theta", "mallows-phi"]), (["--loss", "mallows-theta"], 2, ["mallows-theta"])])
+def test_demo(run, tmp_path, flags, processes, methods):
+    done = run("train.py", "--steps", 48, "--out", tmp_path, *flags, processes=processes)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["dispersion_rank_correlation"] > 0.9 and list(report["methods"]) == methods
+    for path in report["methods"].values():
+        assert {len(path[k]) for k in ("kl", "win_rate", "consensus_rank", "reward_accuracy")} == {49}
+        assert abs(path["kl"][0]) < 1e-9 and path["win_rate"][0] == pytest.approx(0.5) and path["kl"][-1] > 0.1
+        assert path["win_rate"][-1] > 0.52 and path["consensus_rank"][-1] < path["consensus_rank"][0]
+        assert path["elsewhere"][0] < 0.05                    # the reference answers with one of the six
+    assert "at KL 0.1 nats" in done.stdout and "rank correlation of the dispersion index" in done.stdout
+    assert ("mallows-phi is" in done.stdout) == (len(methods) == 3)
+
+
+def test_readme_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    for command in ("python train.py", "python -m pytest -q tests", "pip install -r requirements.txt"):
+        assert command in text
