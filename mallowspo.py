@@ -14,13 +14,13 @@ ranking models -> links g -> dispersion index -> objective.  Pure functions on t
 
     python mallowspo.py             the weight and the loss over a grid of dispersions
 """
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The ranking model: Kendall-Mallows,  P(ranking) = phi^d(ranking, centre) / Z
@@ -59,6 +59,82 @@ def pair_probability(gap: Tensor, lam: Tensor) -> Tensor:
     return torch.sigmoid(kendall_logit(gap, lam))
 
 
+def top_choice(n: int, lam: Tensor) -> Tensor:
+    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normalised.
+
+    It is also the law of the inversions that the n-th item of a repeated insertion makes.
+    """
+    return torch.softmax(-lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device), -1)
+
+
+def favourite_entropy(n: int, lam: Tensor) -> Tensor:
+    """Entropy (nats) of people's favourites; falls from log n at lam = 0 to 0, with slope -lam * Var(place)."""
+    return torch.special.entr(top_choice(n, lam)).sum(-1)
+
+
+def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
+
+    Equal to the derivatives of log Z (Fligner and Verducci 1986), without their cancellation near lam = 0.
+    """
+    mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
+    for i in range(2, n + 1):
+        chances, cost = top_choice(i, lam), torch.arange(i, dtype=lam.dtype, device=lam.device)
+        step = (chances * cost).sum(-1, keepdim=True)
+        mean, variance = mean + step[..., 0], variance + (chances * (cost - step) ** 2).sum(-1)
+    return mean, variance
+
+
+# Other distances have no closed form: the exact model lists every ranking (7 items: 5,040 of them).
+
+def kendall_distance(ranks: Tensor) -> Tensor:
+    """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
+    return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
+
+
+def spearman_distance(ranks: Tensor) -> Tensor:
+    """Sum over the items of the squared difference between their place and the centre's (Spearman's rho)."""
+    return (ranks - torch.arange(ranks.shape[-1])).square().sum(-1)
+
+
+def enumerate_rankings(n: int) -> Tensor:
+    """(n!, n) ranks of every ranking."""
+    return torch.tensor(list(itertools.permutations(range(n))))
+
+
+def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor:
+    """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
+    return torch.softmax(-lam[..., None] * distance(ranks), -1)
+
+
+def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
+    """(..., n, n) share of the rankings (count, n), weighted by (..., count), that place item i above item j."""
+    above = ranks[:, :, None] < ranks[:, None, :]                                         # (count, n, n)
+    return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
+
+
+def solve_lam(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
+    """The lam in [0, high] where a decreasing function takes these values, by bisection; else the nearer end."""
+    low, high = torch.zeros_like(value), torch.full_like(value, high)
+    for _ in range(64):
+        lam = (low + high) / 2
+        above = decreasing(lam) > value
+        low, high = torch.where(above, lam, low), torch.where(above, high, lam)
+    return (low + high) / 2
+
+
+def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre (n,) as item numbers, best first, and maximum-likelihood lam of weighted rankings (count, n).
+
+    The centre is Borda's: items by their mean place.  Given a centre, the likelihood of an exponential family is
+    highest where the expected distance is the mean one.
+    """
+    weight = weight / weight.sum()
+    centre = (weight[:, None] * ranks).sum(0).argsort(stable=True)
+    distance = (weight * kendall_distance(ranks[:, centre])).sum()
+    return centre, solve_lam(lambda lam: distance_moments(len(centre), lam)[0], distance)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Links: LINKS[name](h, lam) = -log g(h; lam), element by element, shapes broadcast.
 
@@ -71,11 +147,11 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
         g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,      g(-h) = 1 - g(h),      phi = exp(-lam)
 
     Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts.  With
-    G(x) = x/(1 - e^-x), g(h) is the mean slope of G over the window [h, h+1] * lam, and the jump is that window flipping
-    from one side of h to the other.  We slide it: its centre t moves smoothly and monotonically from h - 1/2 to
-    h + 1/2 while h goes from -1 to 1.  The paper's own text on this could not be found.  *The arithmetic*: as
-    printed the formula is 0/0 at small lam or h and cancels for h < 0; what follows is equal to it, to rounding, in value
-    and gradient for lam in [0, 30] and |h| up to 1e4.  Near h = 0 the slope is lam times 1.0 to 1.17.
+    G(x) = x/(1 - e^-x), g(h) is the mean slope of G over the window [h, h+1] * lam, and the jump is that window
+    flipping from one side of h to the other.  We slide it: its centre t moves smoothly and monotonically from
+    h - 1/2 to h + 1/2 while h goes from -1 to 1.  The paper's own text on this could not be found.  *The arithmetic*:
+    as printed the formula is 0/0 at small lam or h and cancels for h < 0; what follows is equal to it, to rounding,
+    in value and gradient for lam in [0, 30] and |h| up to 1e4.  Near h = 0 the slope is lam times 1.0 to 1.17.
     """
     dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
     h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype))
@@ -171,6 +247,35 @@ def count_clamped(entropy: Tensor) -> int:
     return int(((entropy < low) | (entropy > high)).sum())
 
 
+# Where the answers can be counted, lam itself can be had, not only an index that rises and falls with it.
+
+def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
+    """lam at which people's favourites among n answers have this entropy (nats)."""
+    return solve_lam(lambda lam: favourite_entropy(n, lam), entropy)
+
+
+def lam_of_choices(counts: Tensor) -> Tensor:
+    """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
+
+    One pseudo-count, 1/n an answer: else a few draws that happen to agree have entropy 0, and lam is infinite.
+    """
+    n = counts.shape[-1]
+    share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
+    return lam_of_entropy(torch.special.entr(share).sum(-1), n)
+
+
+def disagreement(n: int, lam: Tensor) -> Tensor:
+    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
+    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
+    agree = pair_probability(gap, lam[..., None])                                         # (..., n - 1)
+    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
+
+
+def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
+    """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
+    return solve_lam(lambda lam: disagreement(n, lam), rate)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 4. The objective: a table of methods, one function.
 
@@ -247,7 +352,8 @@ def main():
             h = gaps.clone().requires_grad_()
             loss = LINKS[name](h, torch.tensor(lam))
             slope, = torch.autograd.grad(loss.sum(), h)
-            cells = "".join(f"{value:7.3f} ({grad:+.2f})" for value, grad in zip(loss.tolist(), slope.tolist()))
+            cells = "".join(f"{value:7.3f} ({grad:+.2f})"
+                            for value, grad in zip(loss.tolist(), slope.tolist(), strict=True))
             print(f"{name:<13} {phi or '':<4} {lam if phi else '':<6.4} | {cells}" if phi else
                   f"{name:<13} {'':<4} {'':<6} | {cells}")
         print()
