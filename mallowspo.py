@@ -113,26 +113,27 @@ def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
 
 
-def solve_lam(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
-    """The lam in [0, high] where a decreasing function takes these values, by bisection; else the nearer end."""
+def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
+    """Where in [0, high] a decreasing function takes these values, by bisection; else the nearer end."""
     low, high = torch.zeros_like(value), torch.full_like(value, high)
     for _ in range(64):
-        lam = (low + high) / 2
-        above = decreasing(lam) > value
-        low, high = torch.where(above, lam, low), torch.where(above, high, lam)
+        middle = (low + high) / 2
+        above = decreasing(middle) > value
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return (low + high) / 2
 
 
 def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (n,) as item numbers, best first, and maximum-likelihood lam of weighted rankings (count, n).
+    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) that weight (..., count) people gave.
 
-    The centre is Borda's: items by their mean place.  Given a centre, the likelihood of an exponential family is
-    highest where the expected distance is the mean one.
+    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood of
+    an exponential family is highest where the expected distance is the mean one.
     """
-    weight = weight / weight.sum()
-    centre = (weight[:, None] * ranks).sum(0).argsort(stable=True)
-    distance = (weight * kendall_distance(ranks[:, centre])).sum()
-    return centre, solve_lam(lambda lam: distance_moments(len(centre), lam)[0], distance)
+    weight = weight / weight.sum(-1, keepdim=True)
+    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
+    placed = ranks.T[centre].transpose(-1, -2)                                            # (..., count, n)
+    distance = (weight * kendall_distance(placed)).sum(-1)
+    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def count_clamped(entropy: Tensor) -> int:
 
 def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
     """lam at which people's favourites among n answers have this entropy (nats)."""
-    return solve_lam(lambda lam: favourite_entropy(n, lam), entropy)
+    return invert(lambda lam: favourite_entropy(n, lam), entropy)
 
 
 def lam_of_choices(counts: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def disagreement(n: int, lam: Tensor) -> Tensor:
 
 def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
     """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
-    return solve_lam(lambda lam: disagreement(n, lam), rate)
+    return invert(lambda lam: disagreement(n, lam), rate)
 
 
 # ---------------------------------------------------------------------------------------------------------------
