@@ -1,21 +1,21 @@
 """The dispersion theory, checked: what MallowsPO claims, what of it is true, how strongly, and where it loses.
 
-A bandit is a language model with all the words taken out: a prompt is a set of n answers, a policy a softmax over
-them, and people rank the answers by a Mallows model whose centre is 0, 1, ..., n - 1.  Everything is known, so every
-claim has a number.  The losses are mallowspo.LINKS, the very functions that train.py trains with.
+A bandit is a language model with the words taken out: a prompt is a set of n answers, a policy a softmax over them,
+and people rank the answers by a Mallows model whose centre is 0, 1, ..., n - 1.  Everything is known, so every claim
+has a number.  The losses are mallowspo.LINKS, the very functions that train.py trains with.
 
     python bandit.py                                every experiment with few seeds, about a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5       one experiment in full
     python bandit.py people --rankings *.soc        real rankings (PrefLib.org)
 
 Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
-The file reads from simple to composed: data, engine, rankings files, experiments, verdict, command line.
+The file reads from simple to composed: data -> engine -> rankings files -> experiments -> verdict.
 """
 import argparse
 import json
 import math
+import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,31 +27,13 @@ import mallowspo
 from mallowspo import LINKS
 
 F64 = torch.float64
-METHODS = {name: mallowspo.LOSSES[name].link for name in ("dpo", "mallows-theta", "mallows-phi", "ipo")}
-
+METHODS = {name: mallowspo.LOSSES[name].link for name in ("mallows-phi", "dpo", "mallows-theta", "ipo")}
 
 # ---------------------------------------------------------------------------------------------------------------
-# Data: who beats whom.  A matrix [i, j] is how often, or how probably, answer i is preferred to answer j.
+# Data: who beats whom.  In a matrix, [i, j] is how often, or how probably, answer i is preferred to answer j.
 
 def to_lam(phis) -> Tensor:
     return -torch.as_tensor(phis, dtype=F64).log()
-
-
-def truth(n: int, lam: Tensor) -> Tensor:
-    """(..., n, n) what infinitely many people say: the exact pair probabilities (1/2 on the diagonal)."""
-    place = torch.arange(n, dtype=F64)
-    return mallowspo.pair_probability(place - place[:, None], lam[..., None, None])
-
-
-def draw_pairs(rng, chances: Tensor, count) -> Tensor:
-    """(..., n, n) wins among `count` pairs of answers, each pair drawn at random and judged with these chances."""
-    i, j = pairs_of(chances.shape[-1])
-    seen = rng.multinomial(count, np.full(len(i), 1 / len(i)), size=chances.shape[:-2])   # (..., pairs)
-    won = rng.binomial(seen, chances[..., i, j].clamp(0, 1).numpy())
-    wins = torch.zeros(chances.shape, dtype=F64)
-    wins[..., i, j] = torch.from_numpy(won).to(F64)
-    wins[..., j, i] = torch.from_numpy(seen - won).to(F64)
-    return wins
 
 
 def pairs_of(n: int) -> Tensor:
@@ -59,16 +41,32 @@ def pairs_of(n: int) -> Tensor:
     return torch.triu_indices(n, n, 1)
 
 
+def truth(n: int, lam: Tensor) -> Tensor:
+    """(..., n, n) what infinitely many people say (1/2 on the diagonal)."""
+    place = torch.arange(n, dtype=F64)
+    return mallowspo.pair_probability(place - place[:, None], lam[..., None, None])
+
+
+def draw_pairs(rng, chances: Tensor, count) -> Tensor:
+    """(..., n, n) wins in `count` random pairs of answers, judged with these chances."""
+    i, j = pairs_of(chances.shape[-1])
+    seen = rng.multinomial(count, np.full(len(i), 1 / len(i)), size=chances.shape[:-2])   # (..., pairs)
+    won = rng.binomial(seen, chances[..., i, j].clamp(0, 1).numpy())
+    wins = torch.zeros(chances.shape, dtype=F64)
+    wins[..., i, j], wins[..., j, i] = (torch.from_numpy(counts).to(F64) for counts in (won, seen - won))
+    return wins
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Engine.  A policy is pi = ref * exp(u / beta) / Z; the losses see u only, so beta enters when a policy is read off.
 
 def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e-10) -> Tensor:
-    """The u (..., n) that minimises the mean loss over all pairs of all prompts: one policy for the P prompts of
+    """The u (..., n) with the least mean loss over all pairs of all prompts: one policy for the P prompts of
     wins (..., P, n, n) with dispersions lam (..., P); everything before P is independent fits, done at once.
 
-    Fisher scoring: the curvature of a pair is the mean of its squared slope over what the model expects people to
-    say, so it is never negative, however bent the link.  Levenberg's damping makes every step a descent.  It
-    converges in 10 to 60 steps; where the data are separable there is no minimum, and the ridge ends the growth.
+    Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects people
+    to say, so it is never negative, however bent the link; Levenberg's damping makes every step a descent.  That
+    takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth.
     """
     n = wins.shape[-1]
     i, j = pairs_of(n)
@@ -80,12 +78,13 @@ def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e
     def look(u):
         gap = (u @ design.T)[..., None, :].expand(won.shape).detach().requires_grad_()
         win, lose = LINKS[link](gap, lam), LINKS[link](-gap, lam)                         # (..., P, pairs)
-        slope_win, slope_lose = (torch.autograd.grad(loss.sum(), gap)[0] for loss in (win, lose))
+        win_slope, lose_slope = (torch.autograd.grad(loss.sum(), gap)[0] for loss in (win, lose))
         win, lose = win.detach(), lose.detach()
         value = (won * win + lost * lose).sum((-2, -1)) + ridge / 2 * u.square().sum(-1)
-        gradient = (won * slope_win + lost * slope_lose).sum(-2) @ design + ridge * u
-        bend = torch.exp(-win) * slope_win ** 2 + torch.exp(-lose) * slope_lose ** 2
-        bend = 2 * torch.ones_like(bend) if link == "square" else bend                    # IPO is no likelihood
+        gradient = (won * win_slope + lost * lose_slope).sum(-2) @ design + ridge * u
+        bend = torch.exp(-win) * win_slope ** 2 + torch.exp(-lose) * lose_slope ** 2
+        if link == "square":
+            bend = torch.full_like(bend, 2)                                               # IPO is no likelihood
         curvature = design.T @ (((won + lost) * bend).sum(-2)[..., None] * design)
         return value, gradient, curvature + ridge * torch.eye(n, dtype=F64)
 
@@ -93,32 +92,26 @@ def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e
     here, damping = look(u), torch.full(won.shape[:-2], 1e-3, dtype=F64)
     for _ in range(steps):
         value, gradient, curvature = here
-        stiff = damping[..., None] * curvature.diagonal(dim1=-2, dim2=-1)
-        # u is free up to a constant: the 1/n holds that direction still
-        move = torch.linalg.solve(curvature + torch.diag_embed(stiff) + 1 / n, gradient)  # (..., n)
+        stiff = torch.diag_embed(damping[..., None] * curvature.diagonal(dim1=-2, dim2=-1))
+        move = torch.linalg.solve(curvature + stiff + 1 / n, gradient)      # 1/n: u is free up to a constant
         there = look(u - move)
         better = there[0] <= value
-        u = torch.where(better[..., None], u - move, u)
         here = tuple(torch.where(better.reshape(*better.shape, *[1] * (new.dim() - better.dim())), new, old)
                      for new, old in zip(there, here, strict=True))
+        u = torch.where(better[..., None], u - move, u)
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e8)
-        if (gradient * move).sum(-1).max() < 1e-15:           # what the step hoped to gain
+        if (gradient * move).sum(-1).max() < 1e-15:                         # what the step could gain
             break
     return u - u.mean(-1, keepdim=True)
 
 
-def log_loss(link: str, u: Tensor, lam: Tensor, chances: Tensor) -> Tensor:
-    """(...) mean log-loss (nats) of a shared policy u (..., n) on new pairs of the prompts, chances (..., P, n, n)."""
+def excess(link: str, u: Tensor, lam: Tensor, chances: Tensor) -> Tensor:
+    """(...) log-loss of a shared policy u (..., n) on new pairs, beyond that of knowing chances (..., P, n, n); mnat."""
     i, j = pairs_of(u.shape[-1])
     gap = (u[..., i] - u[..., j])[..., None, :]                                           # (..., 1, pairs)
-    p, lam = chances[..., i, j], lam[..., None]
-    return (p * LINKS[link](gap, lam) + (1 - p) * LINKS[link](-gap, lam)).mean((-2, -1))
-
-
-def floor_loss(chances: Tensor) -> Tensor:
-    """(...) the log-loss of knowing the chances: nobody does better."""
-    i, j = pairs_of(chances.shape[-1])
-    return (torch.special.entr(chances[..., i, j]) + torch.special.entr(chances[..., j, i])).mean((-2, -1))
+    p, q = chances[..., i, j], chances[..., j, i]                                         # (..., P, pairs)
+    loss = p * LINKS[link](gap, lam[..., None]) + q * LINKS[link](-gap, lam[..., None])
+    return 1000 * (loss - torch.special.entr(p) - torch.special.entr(q)).mean((-2, -1))
 
 
 def slope_per_rank(u: Tensor) -> Tensor:
@@ -127,8 +120,8 @@ def slope_per_rank(u: Tensor) -> Tensor:
 
 
 def mean_se(x: Tensor) -> tuple[float, float]:
-    """Mean over the seeds (all entries) and its standard error."""
-    return x.mean().item(), (x.std().item() / math.sqrt(x.numel()) if x.numel() > 1 else 0.0)
+    """Mean over the seeds and its standard error."""
+    return x.mean().item(), x.std().item() / math.sqrt(len(x)) if x.numel() > 1 else 0.0
 
 
 def ratio_se(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -147,602 +140,488 @@ class BadFile(Exception):
 class Ballots(NamedTuple):
     ranks: Tensor      # (orders, items) place of each item, 0 = best
     weight: Tensor     # (orders,) voters who gave this order
-    voters: int        # all voters of the file, also those whose order is too short to use
+    voters: int        # all of the file's voters, also those whose order is too short to use
+
+
+def parse_order(text: str, items: int, complete: bool) -> tuple[int, tuple[int, ...]]:
+    """A line `COUNT: a,b,c` as the count and the item numbers; ValueError says what is wrong with it."""
+    if "{" in text:
+        raise ValueError(f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text):
+        raise ValueError(f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
+    count, *order = map(int, re.findall("[0-9]+", text))
+    if not all(1 <= item <= items for item in order):
+        raise ValueError(f"unknown item {next(x for x in order if not 1 <= x <= items)}; the file has 1 to {items}")
+    if len(set(order)) < len(order):
+        raise ValueError(f"item {max(order, key=order.count)} is there twice")
+    if complete and len(order) < items:
+        raise ValueError(f"{len(order)} items of {items}; in a .soc file orders are complete (.soi: may be partial)")
+    return count, tuple(order)
 
 
 def read_rankings(path: str) -> Ballots:
-    """Read one file: `# KEY: VALUE` lines, then `COUNT: a,b,c`, items numbered from 1, best first.
+    """Read a file of `# KEY: VALUE` lines and then orders, `COUNT: a,b,c`, items numbered from 1, best first.
 
     An order that leaves out one item is complete, that item being last; shorter ones are counted and left out.
     """
+    facts, orders, where = {}, {}, f"{path}:1"
     try:
-        lines = Path(path).read_bytes().splitlines()
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            where, text = f"{path}:{number}", line.decode("utf-8-sig", "replace").strip()
+            fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
+            if "\ufffd" in text or "\0" in text:
+                raise ValueError("not a text file")
+            if fact and not re.fullmatch("[0-9]{1,9}", fact[2]):
+                raise ValueError(f"expected a whole number, found {fact[2][:50]!r}")
+            if fact:
+                facts[fact[1]] = int(fact[2]), where
+            elif text and text[0] != "#":
+                if facts.get("ALTERNATIVES", (0,))[0] < 2:
+                    raise ValueError("before the first order there must be '# NUMBER ALTERNATIVES: ', 2 or more")
+                count, order = parse_order(text, facts["ALTERNATIVES"][0], path.endswith(".soc"))
+                if order in orders:
+                    raise ValueError("this order was there before")
+                orders[order] = count
+        for key, found in (("VOTERS", sum(orders.values())), ("UNIQUE ORDERS", len(orders))):
+            told, at = facts.get(key, (found, where))
+            if orders and told != found:
+                where = at
+                raise ValueError(f"says {told} {key.lower()}, but the orders below make {found}")
+        items, full = facts.get("ALTERNATIVES", (0,))[0], {}
+        for order, count in orders.items():
+            if len(order) >= items - 1:
+                order += tuple(set(range(1, items + 1)) - set(order))
+                full[order] = full.get(order, 0) + count
+        if not full:
+            raise ValueError("the file ends without an order" + f" of {items - 1} items or more" * bool(orders))
+    except ValueError as error:
+        raise BadFile(f"{where}: {error}") from None
     except OSError as error:
         raise BadFile(f"{path}: {error.strerror}") from None
-    facts, orders, voters = {}, {}, 0
-    number = 0
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise BadFile(f"{where}: not a text file") from None
-        if "\0" in text:
-            raise BadFile(f"{where}: not a text file")
-        if text.startswith("#"):
-            key, _, value = text[1:].partition(":")
-            if key.strip() in ("NUMBER ALTERNATIVES", "NUMBER VOTERS", "NUMBER UNIQUE ORDERS"):
-                facts[key.strip()] = whole_number(value, where, key.strip().lower(), 2 if "ALT" in key else 1), where
-        elif text:
-            if "NUMBER ALTERNATIVES" not in facts:
-                raise BadFile(f"{where}: no '# NUMBER ALTERNATIVES: ...' line before the first order; "
-                              "files in PrefLib's format since 2022 have one")
-            count, order = read_order(text, facts["NUMBER ALTERNATIVES"][0], where, path.endswith(".soc"))
-            if order in orders:
-                raise BadFile(f"{where}: the same order as line {orders[order][1]}")
-            orders[order] = count, number
-            voters += count
-    if not orders:
-        raise BadFile(f"{path}:{max(number, 1)}: the file ends without an order, such as '12: 3,1,2'")
-    for key, found in (("NUMBER VOTERS", voters), ("NUMBER UNIQUE ORDERS", len(orders))):
-        if facts.get(key, (found,))[0] != found:
-            raise BadFile(f"{facts[key][1]}: says {key} {facts[key][0]}, but the orders below add up to {found}")
-    return tabulate(path, orders, facts["NUMBER ALTERNATIVES"][0], voters)
-
-
-def whole_number(text: str, where: str, what: str, least: int = 1) -> int:
-    text = text.strip()
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
-        raise BadFile(f"{where}: {what} must be a whole number from {least}, found {text[:20]!r}")
-    return int(text)
-
-
-def read_order(text: str, items: int, where: str, complete: bool) -> tuple[int, tuple[int, ...]]:
-    """A line `COUNT: a,b,c` as the count and the item numbers."""
-    count, colon, order = text.partition(":")
-    if not colon:
-        raise BadFile(f"{where}: expected 'COUNT: a,b,c', found {text[:40]!r}")
-    if "{" in order:
-        raise BadFile(f"{where}: a tie, {order.strip()[:40]!r}; only strict orders can be read (.soc, .soi)")
-    count = whole_number(count, where, "the count before the colon")
-    order = tuple(whole_number(item, where, "an item") for item in order.split(","))
-    unknown = [item for item in order if item > items]
-    if unknown:
-        raise BadFile(f"{where}: unknown item {unknown[0]}; the file has items 1 to {items}")
-    if len(set(order)) < len(order):
-        raise BadFile(f"{where}: item {max(order, key=order.count)} is there twice")
-    if complete and len(order) < items:
-        raise BadFile(f"{where}: {len(order)} items of {items}; a .soc file has complete orders (.soi may be partial)")
-    return count, order
-
-
-def tabulate(path: str, orders: dict, items: int, voters: int) -> Ballots:
-    weights = {}
-    for order, (count, _) in orders.items():
-        if len(order) >= items - 1:
-            order += tuple(set(range(1, items + 1)) - set(order))
-            weights[order] = weights.get(order, 0) + count
-    if not weights:
-        raise BadFile(f"{path}: no order names {items - 1} of the {items} items or more: too partial to use")
-    order = torch.tensor(list(weights)) - 1                                               # (orders, items)
-    return Ballots(order.argsort(-1), torch.tensor(list(weights.values()), dtype=F64), voters)
+    ranks = (torch.tensor(list(full)) - 1).argsort(-1)                                    # (orders, items)
+    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), sum(orders.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Experiments: each takes the options and returns its rows and what they say.  Numbers are means over seeds, and
-# `se` their standard errors; log-losses are in thousandths of a nat (mnat).
-
-class Claim(NamedTuple):
-    text: str
-    holds: bool
-    number: str
-
+# Experiments: each takes the options and returns rows and claims.  Numbers are means over seeds, `se` their standard
+# errors; log-losses are in mnat, thousandths of a nat.
 
 class Result(NamedTuple):
     rows: list[dict]
-    claims: list[Claim]
-    curves: list[dict] | None = None     # finer rows for the picture
-    more: dict = {}                      # further keys of NAME.json            # noqa: RUF012
+    claims: list[tuple[str, bool, str]]  # claim, whether it holds, the number that says so
+    curves: list[dict] | None = None     # finer rows, for the picture
+    more: dict | None = None             # further keys of NAME.json
 
 
 def pick(rows, value, **where) -> list:
-    return [row[value] for row in rows if all(row.get(key) == want for key, want in where.items())]
+    return [row[value] for row in rows if where.items() <= row.items()]
 
 
-def exact(opt) -> Result:
-    """The closed forms of the Kendall model agree with adding up every ranking, and the sampler with both."""
-    lam = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99])
-    rows = []
-    for n in range(2, 8):
-        ranks = mallowspo.enumerate_rankings(n)
-        p = mallowspo.exact_model(ranks, lam)                                             # (phis, n!)
-        d = mallowspo.kendall_distance(ranks).to(F64)
-        mean, log_z = (p * d).sum(-1), torch.logsumexp(-lam[:, None] * d, -1)
-        variance = (p * (d - mean[:, None]) ** 2).sum(-1)
-        top = (p @ (ranks == 0).to(F64), mallowspo.top_choice(n, lam))
-        i, j = pairs_of(n)
-        pair = truth(n, lam)[..., i, j]
-        formula = mallowspo.distance_moments(n, lam)
-        generator = torch.Generator().manual_seed(opt.seed)
-        draws = mallowspo.sample_rankings(20_000, n, lam[len(lam) // 2].item(), generator)
-        drawn = mallowspo.pair_rates(draws, torch.ones(len(draws), dtype=F64))[i, j]
-        expected = pair[len(lam) // 2]
-        rows.append({"n": n, "log Z": gap_of(log_z, mallowspo.log_partition(n, lam)), "mean d": gap_of(mean, formula[0]),
-                     "var d": gap_of(variance, formula[1]), "favourite": gap_of(*top),
-                     "pair": gap_of(mallowspo.pair_rates(ranks, p)[..., i, j], pair),
-                     "sampler |z|": ((drawn - expected) / (expected * (1 - expected) / len(draws)).sqrt()).abs().max().item()})
-    worst = max(max(row[key] for key in row if key not in ("n", "sampler |z|")) for row in rows)
-    return Result(rows, [Claim("Kendall: the closed forms are exact", worst < 1e-12, f"worst error {worst:.0e}, n <= 7")])
-
-
-def gap_of(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def exact(opt) -> Result:
+    """The closed forms of the Kendall model agree with adding up every ranking."""
+    lam, rows = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99]), []
+    for n in range(2, 8):
+        (i, j), ranks = pairs_of(n), mallowspo.enumerate_rankings(n)
+        p, cost = mallowspo.exact_model(ranks, lam), mallowspo.kendall_distance(ranks).to(F64)   # (phis, n!), (n!,)
+        mean, variance = mallowspo.distance_moments(n, lam)
+        by_sum = (p * cost).sum(-1)
+        rows.append({"n": n, "log Z": distance(mallowspo.log_partition(n, lam), (-lam[:, None] * cost).logsumexp(-1)),
+                     "mean": distance(mean, by_sum),
+                     "variance": distance(variance, (p * (cost - by_sum[:, None]) ** 2).sum(-1)),
+                     "favourite": distance(mallowspo.top_choice(n, lam), p @ (ranks == 0).to(F64)),
+                     "pair": distance(truth(n, lam)[..., i, j], mallowspo.pair_rates(ranks, p)[..., i, j])})
+    worst = max(max(list(row.values())[1:]) for row in rows)
+    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"worst error {worst:.0e}, n = 2 to 7")])
+
+
 def spearman(opt) -> Result:
-    """The theta link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers that
-    a person places side by side, too cautious for all others, the more so the more answers and the more dispute.
+    """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers that a
+    person places side by side, too cautious for the others, the more so the more answers and dispute.
     """
-    phis = opt.phis or [.05, .3, .5, .7, .9, .95, .99]
-    lam, rows = to_lam(phis), []
+    phis, rows = opt.phis or [.05, .3, .5, .7, .9, .95, .99], []
+    lam, factors = to_lam(phis)[:, None], torch.linspace(1, 3, 801, dtype=F64)
     for n in (3, 5, 7):
-        ranks = mallowspo.enumerate_rankings(n)
-        p = mallowspo.exact_model(ranks, lam, mallowspo.spearman_distance)
-        i, j = pairs_of(n)
-        marginal = mallowspo.pair_rates(ranks, p)[..., i, j]                              # (phis, pairs)
+        (i, j), ranks = pairs_of(n), mallowspo.enumerate_rankings(n)
+        p = mallowspo.exact_model(ranks, lam[:, 0], mallowspo.spearman_distance)
         link = lambda lam: torch.exp(-LINKS["mallows-theta"]((j - i).to(F64), lam))       # noqa: B023
-        beside = (ranks[:, i] - ranks[:, j]).abs() == 1                                   # (n!, pairs)
-        first = (ranks[:, i] < ranks[:, j]) & beside
-        beside = (p @ first.to(F64)) / (p @ beside.to(F64))
-        factors = torch.linspace(1, 3, 801, dtype=F64)
-        errors = (link(factors[:, None, None] * lam[:, None]) - marginal).abs().amax(-1)  # (factors, phis)
-        below = marginal - link(lam[:, None])
-        for k, phi in enumerate(phis):
-            rows.append({"n": n, "phi": phi, "error": below[k].max().item(), "lowest": below[k].min().item(),
-                         "side by side": gap_of(beside[k], link(lam[k])), "best factor": factors[errors[:, k].argmin()].item(),
-                         "error after": errors[:, k].min().item(), "(n+1)/3": (n + 1) / 3})
-    worst = max(pick(rows, "error", n=5))
-    return Result(rows, [
-        Claim("theta's link is Spearman's pair probability", worst < 1e-3, f"off by up to {worst:.3f} at n = 5"),
-        Claim("theta's link never exceeds it", min(pick(rows, "lowest")) > -1e-12, f"least gap {min(pick(rows, 'lowest')):.0e}")])
+        above = mallowspo.pair_rates(ranks, p)[..., i, j] - link(lam)                     # (phis, pairs)
+        beside = ((ranks[:, i] - ranks[:, j]).abs() == 1).to(F64)                         # (n!, pairs)
+        adjacent = (p @ (beside * (ranks[:, i] < ranks[:, j]))) / (p @ beside) - link(lam)
+        errors = (above + link(lam) - link(factors[:, None, None] * lam)).abs().amax(-1)  # (factors, phis)
+        rows += [{"n": n, "phi": phi, "largest error": above[k].max().item(), "smallest": above[k].min().item(),
+                  "side by side": adjacent[k].abs().max().item(), "best factor": factors[errors[:, k].argmin()].item(),
+                  "error with it": errors[:, k].min().item()} for k, phi in enumerate(phis)]
+    worst, least = max(pick(rows, "largest error", n=5)), min(pick(rows, "smallest"))
+    return Result(rows, [("theta's link is Spearman's pair probability", worst < 1e-3, f"off by {worst:.3f} at n = 5"),
+                         ("theta's link never exceeds it", least > -1e-12, f"smallest difference {least:.0e}")])
 
 
 def as_printed(h: Tensor, lam: Tensor) -> Tensor:
-    """g(h) of the paper's Eq. 11, word for word: what `link` compares the stable form with."""
+    """g(h) of the paper's Eq. 11 word for word, to show what the stable form is for."""
     a, phi = h.abs(), torch.exp(-lam)
     g = (a + 1) / (1 - phi ** (a + 1)) - a / (1 - phi ** a)
     return torch.where(h > 0, g, 1 - g)
 
 
 def kendall_link(opt) -> Result:
-    """The Kendall link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam,
-    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
+    """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam, log 0
+    for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
     """
-    h = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)])
-    rows, curves = [], []
-    for lam in [1e-6, 1e-4, .01, .1, .7, 3., 30.] if opt.phis is None else to_lam(opt.phis).tolist():
-        lam = torch.tensor(lam)
-        reference = LINKS["mallows-phi"](h.to(F64), lam.to(F64))  # the tests hold this against 50 digits
+    h, rows = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)]), []
+    for lam in to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.]):
+        right = LINKS["mallows-phi"](h.to(F64), lam.to(F64))      # the tests hold this against 50 digits
         printed, ours = -torch.log(as_printed(h, lam)), LINKS["mallows-phi"](h, lam)
-        normal = reference > 1e-37                                # below, float32 itself has fewer digits
-        outside = torch.isfinite(printed) & normal & (h.abs() >= mallowspo.BRIDGE)
-        rows.append({"lam": lam.item(), "nan or inf, printed": int((~torch.isfinite(printed)).sum()),
-                     "error, printed": (printed / reference - 1).abs()[outside].max().item(),
-                     "nan or inf, ours": int((~torch.isfinite(ours)).sum()),
-                     "error, ours": (ours / reference - 1).abs()[normal].max().item(),
+        normal = right > 1e-37                                    # below, float32 itself has fewer digits
+        usable = torch.isfinite(printed) & normal & (h.abs() >= mallowspo.BRIDGE)
+        rows.append({"lam": lam.item(), "printed: nan or inf": int((~torch.isfinite(printed)).sum()),
+                     "printed: error": distance((printed / right)[usable], torch.ones(())),
+                     "ours: nan or inf": int((~torch.isfinite(ours)).sum()),
+                     "ours: error": distance((ours / right)[normal], torch.ones(())),
                      "jump at 0": (1 / torch.tanh(lam.to(F64) / 2) - 2 / lam.to(F64)).item()})
-    for phi in (.05, .8):
-        for x in torch.linspace(-3, 3, 241, dtype=F64).tolist():
-            point, lam = torch.tensor(x, dtype=F64), to_lam(phi)
-            for form, g in (("printed", as_printed), ("ours", mallowspo.pair_probability)):
-                curves.append({"link": f"{form} {phi}", "h": x, "g": g(point, lam).item() if x else None})
-    bad, ours = sum(pick(rows, "nan or inf, printed")), sum(pick(rows, "nan or inf, ours"))
-    worst = max(pick(rows, "error, ours"))
+    curves = [{"link": f"{form} {phi}", "h": x.item(), "g": g(x, to_lam(phi)).item()} for phi in (.05, .8)
+              for x in torch.linspace(-3, 3, 240, dtype=F64)
+              for form, g in (("printed", as_printed), ("ours", mallowspo.pair_probability))]
+    bad, ours, worst = (sum(pick(rows, "printed: nan or inf")), sum(pick(rows, "ours: nan or inf")),
+                        max(pick(rows, "ours: error")))
     return Result(rows, [
-        Claim("phi's formula can be used as printed (float32)", bad == 0, f"{bad} of {len(rows) * len(h)} losses nan or inf"),
-        Claim("phi's stable form is right in float32", ours == 0 and worst < 1e-5, f"relative error {worst:.0e}")], curves)
+        ("phi's link can be used as printed (float32)", bad == 0, f"{bad} of {len(rows) * len(h)} losses nan or inf"),
+        ("phi's stable form is right in float32", ours == 0 and worst < 1e-5, f"relative error {worst:.0e}")], curves)
 
 
 def optimum(opt) -> Result:
-    """With infinite data, one prompt and beta fixed, MallowsPO-phi learns pi_ref * exp(-place / beta) whatever the
-    dispersion.  What the others learn depends on how much people agree: DPO blows up where they do.
+    """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
+    dispersion: 1 nat a rank.  What the others learn depends on how much people agree; DPO blows up where they do.
     """
-    phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
-    lam, rows = to_lam(phis)[:, None], []
+    phis, rows, claims = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98], [], []
+    lam = to_lam(phis)[:, None]
     for method in opt.methods:
         u = fit(METHODS[method], truth(opt.n, lam), lam)                                  # (phis, n)
-        best = torch.softmax(u / opt.beta, -1)[:, 0]
-        rows += [{"method": method, "phi": phi, "slope": slope, "chance of best": chance}
-                 for phi, slope, chance in zip(phis, slope_per_rank(u).tolist(), best.tolist(), strict=True)]
-    claims = []
-    for method in opt.methods:
-        slope = pick(rows, "slope", method=method)
-        flat, spread = max(abs(s - 1) for s in slope), max(slope) / max(min(slope), 1e-12)
-        claims.append(Claim(f"optimum of {method}: 1 nat a rank at every dispersion", flat < 1e-3,
-                            f"slope {min(slope):.3f} to {max(slope):.3f}" + (f", {spread:.0f} x" if spread > 2 else "")))
+        slope, best = slope_per_rank(u).tolist(), torch.softmax(u / opt.beta, -1)[:, 0].tolist()
+        rows += [{"method": method, "phi": phi, "slope": slope[k], "best": best[k]} for k, phi in enumerate(phis)]
+        claims.append((f"{method} learns 1 nat a rank at every dispersion", max(abs(s - 1) for s in slope) < 1e-3,
+                       f"{min(slope):.3f} to {max(slope):.3f}, {max(slope) / max(min(slope), 1e-12):.4g} x"))
     return Result(rows, claims)
 
 
 def growth(opt) -> Result:
-    """On pairs that nobody disputes no likelihood method stops: the margin grows like log(time), faster or slower by
-    dispersion.  MallowsPO slows it where people agree and speeds it up where they do not; only IPO is bounded.
+    """On a pair that nobody disputes no likelihood method stops: the margin grows like log(time).  MallowsPO slows it
+    where the prompt's index says that people agree, and speeds it up where it says they do not; only IPO is bounded.
     """
-    margin = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
-    curves = []
-    for phi in opt.phis or [.05, .3, .9]:
+    curves, claims, phis = [], [], opt.phis or [.05, .3, .9]
+    grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
+    for phi in phis:
         for method in opt.methods:
-            x = margin.clone().requires_grad_()
+            x = grid.clone().requires_grad_()
+            # gradient flow on the two logits is d margin / d time = -2 loss'(margin): so time is an integral
             speed, = torch.autograd.grad(-2 * LINKS[METHODS[method]](x, to_lam(phi)).sum(), x)
-            # gradient flow on one pair of logits is d margin / d time = -2 loss'(margin): time is an integral
             usable = int((speed > 1e-12).sum())
-            m, speed = margin[:usable].numpy(), speed[:usable].numpy()
-            elapsed = np.concatenate([[0], np.cumsum(np.diff(m) * (1 / speed[1:] + 1 / speed[:-1]) / 2)])
-            for t in np.logspace(0, 8, 33):
-                at = float(np.interp(t, elapsed, m))
-                pace = t * math.exp(np.interp(at, m, np.log(speed))) if t < elapsed[-1] else 0.0
-                curves.append({"method": method, "phi": phi, "time": t, "margin": at, "per e-fold": pace})
-    rows = [row for row in curves if row["time"] in (1e2, 1e4, 1e6, 1e8)]
-    claims = []
-    for phi in opt.phis or [.05, .9]:
-        rate = {method: pick(rows, "per e-fold", phi=phi, time=1e6, method=method) for method in opt.methods}
-        if rate.get("mallows-phi") and rate.get("dpo"):
-            rate = rate["mallows-phi"][0] / rate["dpo"][0]
-            claims.append(Claim(f"phi tames undisputed pairs: margin grows slower than DPO's, phi = {phi}", rate < 1,
-                                f"{rate:.2f} x as fast, and without end"))
-    return Result(rows, claims, curves)
+            margin, speed = grid[:usable].numpy(), speed[:usable].numpy()
+            elapsed = np.append(0, np.cumsum(np.diff(margin) * (1 / speed[1:] + 1 / speed[:-1]) / 2))
+            for t in np.logspace(0, 8, 33).tolist():
+                now = float(np.interp(t, elapsed, margin))
+                pace = t * math.exp(np.interp(now, margin, np.log(speed))) if t < elapsed[-1] else 0.0
+                curves.append({"phi": phi, "method": method, "time": t, "margin": now, "per e-fold": pace})
+        pace = {method: pick(curves, "per e-fold", phi=phi, time=1e6, method=method)[0] for method in opt.methods}
+        if {"mallows-phi", "dpo"} <= set(pace):
+            claims.append((f"phi's margin grows slower than DPO's on agreed pairs, phi = {phi}",
+                           pace["mallows-phi"] < pace["dpo"], f"{pace['mallows-phi'] / pace['dpo']:.2f} x, unbounded"))
+    return Result([row for row in curves if row["time"] in (1e2, 1e4, 1e6, 1e8)], claims, curves)
 
 
 def frontier(opt) -> Result:
-    """Reward for KL, one beta for prompts of many dispersions, at a mean KL of 1/2 nat: mean place of the answer, 0
-    being best.  MallowsPO-phi is on the frontier of the consensus, and off that of a random annotator, where IPO is.
+    """What a mean KL of 1/2 nat buys, with one beta for prompts of many dispersions: the answer's mean place, 0 best.
+    MallowsPO-phi is on the frontier if the consensus ranks, off it if a random annotator does: there IPO is.
     """
-    n, phis = opt.n, opt.phis or [.05, .1, .2, .5, .8, .9, .95]
-    lam, rng = to_lam(phis), np.random.default_rng(opt.seed)
-    chances = truth(n, lam)                                                               # (P, n, n)
-    place = torch.arange(n, dtype=F64)
-    costs = {"consensus": place.expand(len(phis), n),
-             "annotator": chances.sum(-2) - chances.diagonal(dim1=-2, dim2=-1)}           # E place = sum_j P(j above i)
-    rows, curves = [], []
+    lam, rng = to_lam(opt.phis or [.05, .1, .2, .5, .8, .9, .95]), np.random.default_rng(opt.seed)
+    chances, rows, curves, claims = truth(opt.n, lam), [], [], []                         # (P, n, n)
+    places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
+              "annotator": chances.sum(-2) - 1 / 2}           # an item's place: how many others are above it
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
-        wins = chances if count == "infinite" else draw_pairs(rng, chances.expand(opt.seeds, -1, -1, -1), count)
+        known = count == "infinite"
+        wins = chances if known else draw_pairs(rng, chances.expand(opt.seeds, -1, -1, -1), count)
         policies = {method: fit(METHODS[method], wins[..., None, :, :], lam[:, None]) for method in opt.methods}
-        for reward, cost in costs.items():
-            best = {"best possible": -cost} if count == "infinite" else {}
-            for method, u in {**best, **policies}.items():
-                mean, se = mean_se(cost_at_kl(u, cost, 0.5))
-                rows.append({"reward": reward, "pairs": count, "method": method, "place": mean, "se": se})
-                if count == "infinite":
-                    curves += [{"reward": reward, "method": method, "kl": kl, "place": cost_at_kl(u, cost, kl).item()}
-                               for kl in (.01, .03, .06, .1, .2, .3, .4, .5, .6, .7, .8, .9, 1.)]
-    claims = []
-    for reward in costs:
-        best = pick(rows, "place", reward=reward, method="best possible")[0]
-        for method in opt.methods:
-            at = pick(rows, "place", reward=reward, method=method, pairs="infinite")[0]
-            if method in ("mallows-phi", "ipo"):
-                claims.append(Claim(f"{method} is on the frontier, reward: the {reward}'s place", at < best + .005,
-                                    f"place {at:.3f}, best {best:.3f}"))
+        for judge, place in places.items():
+            for method, u in (({"best possible": -place} if known else {}) | policies).items():
+                mean, se = mean_se(place_at_kl(u, place, .5))
+                rows.append({"judge": judge, "pairs": count, "method": method, "place": mean, "se": se})
+                curves += [{"judge": judge, "method": method, "kl": kl / 20, "place": place_at_kl(u, place, kl / 20).item()}
+                           for kl in range(1, 21) if known]
+                if known and method in ("mallows-phi", "ipo"):
+                    best = pick(rows, "place", judge=judge, method="best possible")[0]
+                    claims.append((f"{method} gets the most per KL, judged by the {judge}", mean < best + .005,
+                                   f"place {mean:.3f}, best possible {best:.3f}"))
     return Result(rows, claims, curves)
 
 
-def cost_at_kl(u: Tensor, cost: Tensor, kl: float) -> Tensor:
-    """(...) mean cost of the policies softmax(scale * u), u (..., P, n), at the one scale where their mean KL is kl."""
-    n = u.shape[-1]
+def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
+    """(...) mean place under the policies softmax(scale * u), u (..., P, n), at the scale where their mean KL is kl."""
     policy = lambda scale: torch.softmax(scale[..., None, None] * u, -1)
     entropy = lambda scale: torch.special.entr(policy(scale)).sum(-1).mean(-1)            # falls as the scale grows
-    scale = mallowspo.invert(entropy, torch.full(u.shape[:-2], math.log(n) - kl, dtype=F64), high=1e4)
-    return (policy(scale) * cost).sum(-1).mean(-1)
+    target = torch.full(u.shape[:-2], math.log(u.shape[-1]) - kl, dtype=F64)
+    return (policy(mallowspo.invert(entropy, target, high=1e4)) * place).sum(-1).mean(-1)
 
 
 def samples(opt) -> Result:
-    """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Regret, beta * KL(pi || pi*), as
-    a ratio to DPO's: worse (above 1) until N * lam^2 passes about 2 to 6, N pairs of the prompt, then far better.
+    """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Regret, beta * KL(pi || pi*),
+    as a ratio to DPO's, is above 1 until the N pairs of the prompt reach N * lam^2 of 2 to 6, and far below 1 later.
     """
-    phis = opt.phis or [.7, .8, .9, .95]
-    lam, rng = to_lam(phis), np.random.default_rng(opt.seed)
-    reach = torch.tensor([.1, .3, 1, 2, 3, 6, 10, 30, 100], dtype=F64)[:, None]
-    counts = torch.tensor(opt.pairs)[:, None].expand(-1, len(phis)) if opt.pairs else (reach / lam ** 2).ceil().long()
-    chances = truth(opt.n, lam).expand(opt.seeds, len(counts), -1, -1, -1)                # (S, counts, phis, n, n)
-    wins = draw_pairs(rng, chances, counts.numpy())[..., None, :, :]
-    target = torch.log_softmax(-torch.arange(opt.n, dtype=F64) / opt.beta, -1)
-    regret = {}
+    phis, rows, rng = opt.phis or [.7, .8, .9, .95], [], np.random.default_rng(opt.seed)
+    lam, steps = to_lam(phis), torch.tensor([.1, .3, 1, 2, 3, 6, 10, 30, 100], dtype=F64)[:, None]
+    counts = torch.tensor(opt.pairs)[:, None] + 0 * lam.long() if opt.pairs else (steps / lam ** 2).ceil().long()
+    wins = draw_pairs(rng, truth(opt.n, lam).expand(opt.seeds, len(counts), -1, -1, -1), counts.numpy())
+    target, regret = torch.log_softmax(-torch.arange(opt.n, dtype=F64) / opt.beta, -1), {}
     for method in ("dpo", "mallows-phi"):
-        policy = torch.log_softmax(fit(METHODS[method], wins, lam[:, None]) / opt.beta, -1)
+        policy = torch.log_softmax(fit(METHODS[method], wins[..., None, :, :], lam[:, None]) / opt.beta, -1)
         regret[method] = opt.beta * (policy.exp() * (policy - target)).sum(-1)            # (S, counts, phis)
-    rows = []
-    for k, phi in enumerate(phis):
-        for c in range(len(counts)):
-            dpo, phi_regret = regret["dpo"][:, c, k], regret["mallows-phi"][:, c, k]
-            ratio, se = ratio_se(phi_regret, dpo)
-            rows.append({"phi": phi, "N lam^2": (counts[c, k] * lam[k] ** 2).item() if opt.pairs else reach[c].item(),
-                         "pairs": int(counts[c, k]), "dpo": dpo.mean().item(), "mallows-phi": phi_regret.mean().item(),
-                         "ratio": ratio, "se": se})
+    for c, k in np.ndindex(*counts.shape):
+        dpo, ours = regret["dpo"][:, c, k], regret["mallows-phi"][:, c, k]
+        ratio, se = ratio_se(ours, dpo)
+        reach = (counts[c, k] * lam[k] ** 2).item() if opt.pairs else steps[c].item()
+        rows.append({"phi": phis[k], "pairs": int(counts[c, k]), "N lam^2": reach, "dpo": dpo.mean().item(),
+                     "mallows-phi": ours.mean().item(), "ratio": ratio, "se": se})
     few = [row["ratio"] for row in rows if row["N lam^2"] < .5 and row["phi"] >= .8]
     many = [row["ratio"] for row in rows if row["N lam^2"] >= 30 and row["phi"] >= .8]
-    claims = []
-    if few:
-        claims.append(Claim("phi beats DPO on a disputed prompt with N lam^2 < 0.5 pairs", max(few) < 1,
-                            f"regret {min(few):.2f} to {max(few):.2f} x DPO's"))
-    if many:
-        claims.append(Claim("phi beats DPO on a disputed prompt with N lam^2 > 30 pairs", max(many) < .5,
-                            f"regret {min(many):.2f} to {max(many):.2f} x DPO's"))
-    return Result(rows, claims)
+    return Result(rows, [(f"phi beats DPO on a disputed prompt with N lam^2 {size} pairs", max(ratios) < 1,
+                          f"regret {min(ratios):.2f} to {max(ratios):.2f} x DPO's")
+                         for size, ratios in (("< 0.5", few), (">= 30", many)) if ratios])
 
 
-def excess(link: str, u: Tensor, lam: Tensor, chances: Tensor) -> Tensor:
-    """(...) log-loss on new pairs beyond the least possible, mnat."""
-    return 1000 * (log_loss(link, u, lam, chances) - floor_loss(chances))
-
-
-def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor, choices: Tensor, pairs) -> list[dict]:
+def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor, choices: Tensor) -> list[dict]:
     """One policy for P prompts, fitted to pairs drawn with the chances `train` and judged by `test`, (S, P, n, n).
 
     lam: (S, P) best knowledge of the dispersions; entropy: (S, P) of people's favourites; choices: (S, P, n) counts.
     """
-    n, prompts = lam.shape[-1], torch.arange(lam.shape[-1])
-    proxy = mallowspo.dispersion_weight(entropy / math.log(test.shape[-1]), 1.0)
-    moved = torch.from_numpy(rng.integers(1, n, size=(len(lam), 1))) if n > 1 else 0      # nobody keeps its own
-    indices = {"dpo": ("dpo", lam),
-               "phi, one index for all": ("mallows-phi", lam.mean(-1, keepdim=True).expand_as(lam)),
+    proxy, prompts = mallowspo.dispersion_weight(entropy / math.log(test.shape[-1]), 1.0), lam.shape[-1]
+    moved = torch.arange(prompts) + torch.from_numpy(rng.integers(1, max(prompts, 2), size=(len(lam), 1)))
+    indices = {"dpo": ("sigmoid", lam),
+               "phi, one index": ("mallows-phi", lam.mean(-1, keepdim=True).expand_as(lam)),
                "phi, best index": ("mallows-phi", lam),
                "theta, best index": ("mallows-theta", lam),
                "phi, entropy proxy": ("mallows-phi", proxy / proxy.mean(-1, keepdim=True)),
                "phi, inverted entropy": ("mallows-phi", mallowspo.lam_of_choices(choices)),
-               "phi, shuffled index": ("mallows-phi", lam.gather(-1, (prompts + moved) % n))}
-    rows = []
-    for count in pairs:
+               "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),   # nobody keeps its own
+               "dpo, one policy each": ("sigmoid", lam)}
+    rows, dpo, (i, j) = [], None, pairs_of(test.shape[-1])
+    for count in opt.pairs or [16, 64, 256, 1024]:
         wins = draw_pairs(rng, train, count)
-        found = {name: (excess(METHODS[method], u := fit(METHODS[method], wins, index), index, test), u)
-                 for name, (method, index) in indices.items()}
-        alone = fit("sigmoid", wins[..., None, :, :], lam[..., None])                     # (S, P, n)
-        alone = excess("sigmoid", alone, lam[..., None], test[..., None, :, :]).mean(-1)
-        found["dpo, a policy a prompt"] = alone, None
-        for name, (loss, u) in found.items():
-            mean, se = mean_se(loss)
-            ahead, ahead_se = mean_se(loss - found["dpo"][0])
-            rows.append({"index": name, "pairs": count, "excess": mean, "se": se,
-                         "over dpo": ahead, "over dpo se": ahead_se})
-            if u is not None:
-                i, j = pairs_of(u.shape[-1])
-                rows[-1] |= {"slope": slope_per_rank(u).mean().item(), "tau": (u[:, i] - u[:, j]).sign().mean().item()}
+        for name, (link, index) in indices.items():
+            if name == "dpo, one policy each":
+                u = fit(link, wins[..., None, :, :], lam[..., None])                      # (S, P, n)
+                loss = excess(link, u, lam[..., None], test[..., None, :, :]).mean(-1)
+            else:
+                u = fit(link, wins, index)                                                # (S, n)
+                loss = excess(link, u, index, test)
+            dpo = loss if name == "dpo" else dpo                                          # the first of them
+            (mean, se), (ahead, ahead_se) = mean_se(loss), mean_se(loss - dpo)
+            rows.append({"index": name, "pairs": count, "excess": mean, "se": se, "minus DPO": ahead,
+                         "minus DPO se": ahead_se, "slope": slope_per_rank(u).mean().item(),
+                         "tau": (u[..., i] - u[..., j]).sign().mean().item()})
     return rows
 
 
 def shared(opt) -> Result:
-    """One policy shared by prompts that differ only in dispersion, which is what a language model is: log-loss on new
-    pairs beyond the least possible, mnat.  Knowing the dispersions is worth nearly all of DPO's; a wrong index hurts.
+    """One policy for prompts that differ only in dispersion, as a language model is: log-loss on new pairs beyond the
+    least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none.
     """
-    n, rng = opt.n, np.random.default_rng(opt.seed)
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
-    chances = truth(n, lam)
-    choices = torch.from_numpy(rng.multinomial(64, mallowspo.top_choice(n, lam).numpy()))
-    pairs = opt.pairs or [16, 64, 256, 1024]
-    rows = compare(opt, rng, chances, chances, lam, mallowspo.favourite_entropy(n, lam), choices, pairs)
-    at = {row["index"]: row["excess"] for row in rows if row["pairs"] == pairs[min(2, len(pairs) - 1)]}
-    dpo = at["dpo"]
-    return Result(rows, [
-        Claim(f"one policy for many dispersions: {name} beats DPO", at[name] < dpo, f"excess {at[name]:.1f}, DPO {dpo:.1f} mnat")
-        for name in ("phi, best index", "phi, inverted entropy", "phi, entropy proxy", "phi, shuffled index")])
+    rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
+    choices = torch.from_numpy(rng.multinomial(64, mallowspo.top_choice(opt.n, lam).numpy()))
+    rows = compare(opt, rng, chances, chances, lam, mallowspo.favourite_entropy(opt.n, lam), choices)
+    count = 256 if 256 in pick(rows, "pairs") else rows[-1]["pairs"]
+    at = dict(zip(pick(rows, "index", pairs=count), pick(rows, "excess", pairs=count), strict=True))
+    return Result(rows, [(f"one policy for many dispersions: {name} beats DPO", at[name] < at["dpo"],
+                          f"{at[name]:.1f} against {at['dpo']:.1f} mnat, {count} pairs a prompt")
+                         for name in at if name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index")])
 
 
 def noise(opt) -> Result:
-    """What an imprecise index costs: excess log-loss of MallowsPO-phi as a ratio to DPO's, by the noise r in log lam as a
-    multiple of its true spread over 12 prompts.  As is it loses from about r = 1.2; shrunk by 1/(1 + r^2), never.
+    """What an imprecise index costs: excess log-loss of MallowsPO-phi over DPO's, by the noise r of log lam as a
+    multiple of its spread over 12 prompts.  As it is, it loses from r of 1.2 or so; shrunk by 1 / (1 + r^2), never.
     """
-    rng, rows = np.random.default_rng(opt.seed), []
-    z = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
+    rng, rows, z = np.random.default_rng(opt.seed), [], torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
     for spread in (.4, .8, 1.3):
         log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
         chances = truth(opt.n, log_lam.exp())
-        for count in opt.pairs or [256]:
-            wins = draw_pairs(rng, chances, count)
-            dpo = excess("sigmoid", fit("sigmoid", wins, log_lam), log_lam, chances)
-            for r in (0, .25, .5, .75, 1, 1.25, 1.5):
-                guess = log_lam + r * spread * torch.from_numpy(rng.standard_normal(log_lam.shape))
-                for form, kappa in (("as is", 1), ("shrunk", 1 / (1 + r * r))):
-                    middle = guess.mean(-1, keepdim=True)
-                    index = (middle + kappa * (guess - middle)).exp().clamp(max=30)
-                    ratio, se = ratio_se(excess("mallows-phi", fit("mallows-phi", wins, index), index, chances), dpo)
-                    rows.append({"spread": spread, "pairs": count, "r": r, "index": form, "ratio": ratio, "se": se,
-                                 "dpo": dpo.mean().item(), "line": f"{form}, {spread}"})
-    return Result(rows, [
-        Claim(f"phi with an index of noise r = {r}, {form}, beats DPO", max(ratios) < 1, f"{min(ratios):.2f} to {max(ratios):.2f} x")
-        for r, form in ((.5, "as is"), (1.5, "as is"), (1.5, "shrunk")) for ratios in [pick(rows, "ratio", r=r, index=form)]])
+        wins = draw_pairs(rng, chances, (opt.pairs or [256])[0])
+        dpo = excess("sigmoid", fit("sigmoid", wins, log_lam), log_lam, chances)
+        for r in (0, .25, .5, .75, 1, 1.25, 1.5):
+            guess = log_lam + r * spread * torch.from_numpy(rng.standard_normal(log_lam.shape))
+            middle = guess.mean(-1, keepdim=True)
+            for form, power in (("as is", 1), ("shrunk", 1 / (1 + r * r))):
+                index = (middle + power * (guess - middle)).exp().clamp(max=30)
+                ratio, se = ratio_se(excess("mallows-phi", fit("mallows-phi", wins, index), index, chances), dpo)
+                rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se, "line": f"{form}, {spread}"})
+    return Result(rows, [(f"phi beats DPO with an index of noise r = {r}, {form}", max(ratio) < 1,
+                          f"{min(ratio):.2f} to {max(ratio):.2f} x DPO's excess")
+                         for r, form in ((.5, "as is"), (1.5, "as is"), (1.5, "shrunk"))
+                         for ratio in [pick(rows, "ratio", r=r, index=form)]])
+
+
+def proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
+    """The paper's estimate of lam, -log of the normalised entropy, with the constant that is right on average."""
+    weight = lambda entropy: mallowspo.dispersion_weight(entropy / math.log(n), 1.0)
+    return weight(entropy) * over.mean() / weight(mallowspo.favourite_entropy(n, over)).mean()
 
 
 def estimate(opt) -> Result:
-    """What can be known of lam from few answers: the paper's proxy, -log of the normalised entropy times one constant,
-    orders prompts rightly but is not proportional to lam; inverting the entropy is, and needs one pseudo-count.
+    """lam from few answers, root mean square error: the paper's proxy, -log of the normalised entropy times a constant,
+    orders prompts rightly but is not proportional to lam; inverting the entropy is, with a pseudo-count for few answers.
+    (Estimates end at lam = 50, so those that can be infinite are bad in the mean, by how much is arbitrary.)
     """
-    phis = opt.phis or [round(.05 * k, 2) for k in range(1, 20)]
-    lam, rng, rows, curves = to_lam(phis), np.random.default_rng(opt.seed), [], []
-    proxy_of = lambda entropy, n: mallowspo.dispersion_weight(entropy / math.log(n), 1.0)
-    for n in sorted({5, 10, opt.n}):
-        constant = (lam.mean() / proxy_of(mallowspo.favourite_entropy(n, lam), n).mean()).item()
+    lam, rng, rows, curves = to_lam(opt.phis or np.arange(1, 20) / 20), np.random.default_rng(opt.seed), [], []
+    fine, worst, ordered = to_lam(torch.linspace(.99, .01, 99, dtype=F64)), 0.0, True
+    size = (opt.seeds, len(lam))
+    for n in (5, 10):
         for m in opt.pairs or [8, 16, 64, 1024]:
-            counts = torch.from_numpy(rng.multinomial(m, mallowspo.top_choice(n, lam).numpy(), size=(opt.seeds, len(phis))))
-            entropy = torch.special.entr(counts / m).sum(-1)                              # (S, phis)
-            differ = rng.binomial(max(m // 2, 1), mallowspo.disagreement(n, lam).numpy(), size=entropy.shape)
-            guesses = {"proxy (the paper)": constant * proxy_of(entropy, n),
+            counts = torch.from_numpy(rng.multinomial(m, mallowspo.top_choice(n, lam).numpy(), size=size))
+            entropy, couples = torch.special.entr(counts / m).sum(-1), (m + 1) // 2       # (S, phis)
+            differ = torch.from_numpy(rng.binomial(couples, mallowspo.disagreement(n, lam).numpy(), size=size)) / couples
+            guesses = {"entropy proxy (the paper)": proxy(n, entropy, fine),
                        "inverted entropy": mallowspo.lam_of_entropy(entropy, n),
                        "inverted, pseudo-count": mallowspo.lam_of_choices(counts),
-                       "two people, random pair": mallowspo.lam_of_disagreement(torch.from_numpy(differ) / max(m // 2, 1), n)}
-            if n <= 5:
-                ranks = mallowspo.enumerate_rankings(n)
-                people = rng.multinomial(m, mallowspo.exact_model(ranks, lam).numpy(), size=entropy.shape)
-                guesses["whole rankings"] = mallowspo.fit_rankings(ranks, torch.from_numpy(people).to(F64))[1]
+                       "two people, random pair": mallowspo.lam_of_disagreement(differ, n)}
             for name, guess in guesses.items():
                 square, se = mean_se((guess - lam).square().mean(-1))
-                rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5, "se": se / (2 * square ** .5 + 1e-12)})
-    fine = to_lam(torch.linspace(.99, .01, 99, dtype=F64))
-    worst, ratios, ordered = 0.0, {}, True
+                rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5, "se": se / (2 * square ** .5)})
     for n in (5, 10, 100):
         entropy = mallowspo.favourite_entropy(n, fine)
-        proxy = proxy_of(entropy, n) * fine.mean() / proxy_of(entropy, n).mean()
-        worst, ordered = max(worst, gap_of(mallowspo.lam_of_entropy(entropy, n), fine)), ordered and bool((proxy.diff() > 0).all())
-        ratios[n] = proxy / fine
-        curves += [{"n": n, "lam": x, "proxy": y} for x, y in zip(fine.tolist(), proxy.tolist(), strict=True)]
-    curves += [{"n": "lam", "lam": x, "proxy": x} for x in fine.tolist()]
-    few = {row["estimator"]: row["rmse"] for row in rows if row["n"] == 5 and row["answers"] == max(pick(rows, "answers"))}
-    return Result(rows, [
-        Claim("the entropy proxy orders prompts by dispersion", ordered, "strictly rising at n = 5, 10, 100"),
-        Claim("the entropy proxy is proportional to lam", bool(ratios[5].max() < 1.1 * ratios[5].min()), f"proxy / lam from {ratios[5].min():.2f} to {ratios[5].max():.2f}, n = 5"),
-        Claim("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}; from answers, n = 5: RMSE "
-              f"{few['inverted, pseudo-count']:.3f}, proxy {few['proxy (the paper)']:.3f}")], curves)
+        worst = max(worst, distance(mallowspo.lam_of_entropy(entropy, n), fine))
+        guess = proxy(n, entropy, fine)
+        ordered &= bool((guess.diff() > 0).all())
+        curves += [{"n": n, "lam": x, "guess": y, "ratio": y / x} for x, y in zip(fine.tolist(), guess.tolist(), strict=True)]
+    curves += [{"n": "lam", "lam": x, "guess": x} for x in fine.tolist()]
+    low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
+    return Result(rows, [("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
+                         ("the entropy proxy is proportional to lam", high < 1.1 * low, f"{low:.2f} to {high:.2f} x lam, n = 5"),
+                         ("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}")], curves)
 
 
 def people(opt) -> Result:
-    """Real rankings.  Per file the centre, the dispersion, and how well the Kendall link tells who is preferred at each
-    gap; then one policy for all files of as many items, dispersions and pairs from half of the voters, judged by the
-    other half: log-loss minus DPO's, mnat.
+    """Real rankings: centre, dispersion, and how often the item that is k places higher in the centre is preferred.
+    Then one policy for all files of as many items, indices and pairs from half of the voters, log-loss on the others.
     """
     if not opt.rankings:
-        print("No rankings given.  PrefLib.org has many (.soc and .soi; 00024 is a good start): download some, then\n"
-              "    python bandit.py people --rankings 00024-*.soc")
-        return Result([], [])
-    rng, rows, groups, files = np.random.default_rng(opt.seed), [], {}, []
+        print("  No --rankings given.  PrefLib.org has many; put the .soc or .soi files of one set (00024) after it.")
+        return Result([], [], None, {"files": []})
+    rng, rows, claims, files, groups = np.random.default_rng(opt.seed), [], [], [], {}
     for name in opt.rankings:
         ballots = read_rankings(name)
-        n = ballots.ranks.shape[-1]
-        groups.setdefault(n, []).append(ballots)
+        n, used = ballots.ranks.shape[-1], int(ballots.weight.sum())
         centre, lam = mallowspo.fit_rankings(ballots.ranks, ballots.weight)
-        used = int(ballots.weight.sum())
+        rates, gap = mallowspo.pair_rates(ballots.ranks[:, centre], ballots.weight), torch.arange(1, n, dtype=F64)
+        seen = torch.stack([rates.diagonal(k).mean() for k in range(1, n)])
+        weight = (n - gap) * gap               # where a one-parameter logistic link has its likelihood's slope 0
+        logit = mallowspo.invert(lambda c: -(weight * torch.sigmoid(c * gap)).sum(), -(weight * seen).sum()) * gap
+        rates = {"observed": seen, "Kendall": mallowspo.pair_probability(gap, lam), "logistic": torch.sigmoid(logit)}
         files.append({"file": name, "phi": math.exp(-lam), "centre": (centre + 1).tolist(), "voters": used, "items": n,
-                      "voters in file": ballots.voters})
-        print(f"{name}: {n} items, {used:,} of {ballots.voters:,} voters used, phi {math.exp(-lam):.4f}, "
-              f"centre {','.join(map(str, files[-1]['centre']))}")
-        by_gap(mallowspo.pair_rates(ballots.ranks[:, centre], ballots.weight), lam)
-    claims = []
+                      "voters in file": ballots.voters, "by gap": {key: rate.tolist() for key, rate in rates.items()}})
+        groups.setdefault(n, []).append(ballots)
+        print(f"  {name}: phi {math.exp(-lam):.4f}, centre {','.join(map(str, files[-1]['centre']))}, "
+              f"{used:,} of {ballots.voters:,} voters used" + "".join(
+                  f"\n    {key:<9} by gap  " + " ".join(f"{x:.3f}" for x in rate.tolist()) for key, rate in rates.items()))
     for n, group in groups.items():
-        if len(group) < 2 or min(int(b.weight.sum()) for b in group) < 2:
-            print(f"A comparison needs two files or more of as many items and voters: {n} items has {len(group)}.")
+        if len(group) < 2 or min(ballots.weight.sum() for ballots in group) < 2:
+            print(f"  {n} items: a comparison needs two files, and two voters in each")
             continue
-        rows += [{"items": n, **row} for row in held_out(opt, rng, group)]
-        last = max(count for count in pick(rows, "pairs", items=n) if count <= 256) if not opt.pairs else max(opt.pairs)
-        for name in ("phi, inverted entropy", "phi, shuffled index"):
-            (over,), (se,) = (pick(rows, key, index=name, pairs=last, items=n) for key in ("over dpo", "over dpo se"))
-            claims.append(Claim(f"people, {n} items: {name} beats DPO", over < -2 * se, f"{over:+.2f} +- {se:.2f} mnat"))
+        rows += [{"items": n, **row} for row in compare(opt, rng, *held_out(opt, rng, group))]
+        count = 256 if 256 in pick(rows, "pairs", items=n) else rows[-1]["pairs"]
+        for index in ("phi, inverted entropy", "phi, shuffled index"):
+            mean, se = (pick(rows, key, items=n, pairs=count, index=index)[0] for key in ("minus DPO", "minus DPO se"))
+            claims.append((f"people, {n} items, new voters: {index} beats DPO", mean < 0, f"{mean:+.2f} +- {se:.2f} mnat"))
     return Result(rows, claims, None, {"files": files})
 
 
-def by_gap(rates: Tensor, lam: Tensor) -> None:
-    """Print how often the item that the centre has k places higher is preferred, and what two links say."""
-    n = len(rates)
-    gap = torch.arange(1, n, dtype=F64)
-    seen = torch.stack([rates.diagonal(k).mean() for k in range(1, n)])
-    weight = (n - gap) * gap
-    score = lambda c: -(weight * torch.sigmoid(c[..., None] * gap)).sum(-1)               # its likelihood's slope
-    logistic = torch.sigmoid(mallowspo.invert(score, -(weight * seen).sum()) * gap)
-    for name, values in (("observed", seen), ("Kendall", mallowspo.pair_probability(gap, lam)), ("logistic", logistic)):
-        print(f"    {name:<9} by gap  " + " ".join(f"{value:.3f}" for value in values.tolist()))
-
-
-def held_out(opt, rng, group: list[Ballots]) -> list[dict]:
-    """Compare on random halves of the voters of several files; answer k of a file is what its first half puts k-th."""
-    halves = []
-    for ballots in group:
-        all_votes = ballots.weight.to(torch.long).numpy()
-        first = rng.multivariate_hypergeometric(all_votes, all_votes.sum() // 2, size=opt.seeds)   # (S, orders)
-        first, second = (torch.from_numpy(half).to(F64) for half in (first, all_votes - first))
-        centre, lam = mallowspo.fit_rankings(ballots.ranks, first)
-        rates = [torch.stack([rate[c][:, c] for rate, c in zip(mallowspo.pair_rates(ballots.ranks, half), centre, strict=True)])
-                 for half in (first, second)]
-        halves.append((*rates, lam, first @ (ballots.ranks == 0).to(F64)))
-    train, test, lam, choices = (torch.stack(parts, 1) for parts in zip(*halves, strict=True))
-    entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)
-    return compare(opt, rng, train, test, lam, entropy, choices, opt.pairs or [16, 64, 256, 1024])
+def held_out(opt, rng, group: list[Ballots]) -> tuple[Tensor, ...]:
+    """What `compare` wants, from random halves of the voters; answer k of a file is what its first half puts k-th."""
+    parts = []
+    for ranks, weight, _ in group:
+        votes = weight.long().numpy()
+        first = rng.multivariate_hypergeometric(votes, votes.sum() // 2, size=opt.seeds)  # (S, orders)
+        first, second = (torch.from_numpy(half).to(F64) for half in (first, votes - first))
+        centre, lam = mallowspo.fit_rankings(ranks, first)
+        train, test = (torch.stack([rate[c][:, c] for rate, c in zip(mallowspo.pair_rates(ranks, half), centre, strict=True)])
+                       for half in (first, second))
+        choices = first @ (ranks == 0).to(F64)
+        entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)
+        parts.append((train, test, lam, entropy, choices))
+    return tuple(torch.stack(part, 1) for part in zip(*parts, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The experiments as a table: what runs, what is printed (columns; or a Grid), what is drawn.
-
-class Grid(NamedTuple):
-    down: tuple[str, ...]
-    across: str
-    value: str
-    se: str | None = None
-
+# What to run, to print and to draw.
 
 class Panel(NamedTuple):
     x: str
     y: str
-    by: str
-    lines: dict               # value of `by` -> its name in the legend; four at most
+    by: str                   # one line for each of these values of the key `by`: {value: its name}, four at most
+    lines: dict
     xlabel: str
     ylabel: str
-    log: str = ""             # axes with a log scale
+    log: str = ""             # which axes are logarithmic
     guide: float | None = None
-    where: dict = {}                                                                      # noqa: RUF012
     title: str = ""
-
-
-class Experiment(NamedTuple):
-    run: Callable
-    layout: Grid | None       # None: every column
-    panels: list[Panel]
+    where: tuple = (None, None)
 
 
 NAMES = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "mallows-theta": "MallowsPO-theta", "ipo": "IPO"}
+BEST = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "best possible": "best possible", "ipo": "IPO"}
 INDEX = {"phi, best index": "phi, true index", "dpo": "DPO", "phi, entropy proxy": "phi, entropy proxy",
          "phi, shuffled index": "phi, shuffled index"}
-FRONTIER = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "ipo": "IPO", "best possible": "best possible"}
+SPREADS = {"as is, 0.4": "as is, spread 0.4", "shrunk, 0.4": "shrunk, spread 0.4",
+           "as is, 1.3": "as is, spread 1.3", "shrunk, 1.3": "shrunk, spread 1.3"}
+GUESSES = {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "proxy, 10", 100: "proxy, 100"}
+SHAPES = {f"{form} {phi}": f"{form}, phi = {phi}" for phi in (.05, .8) for form in ("ours", "printed")}
+
+# name: function; rows printed as they are (None) or as a grid (keys down, key across, value, its error); the picture
 EXPERIMENTS = {
-    "exact": Experiment(exact, None, [Panel("n", "pair", "", {"": "pair probability"}, "answers", "largest error", "y")]),
-    "spearman": Experiment(spearman, None, [
-        Panel("phi", "error", "n", {3: "3 answers", 5: "5", 7: "7"}, "dispersion phi", "exact - theta link, largest")]),
-    "link": Experiment(kendall_link, None, [
-        Panel("h", "g", "link", {f"{form} {phi}": f"{form}, phi = {phi}" for phi in (.05, .8) for form in ("ours", "printed")},
-              "h = beta * log-ratio (ranks)", "g(h): chance to be preferred")]),
-    "optimum": Experiment(optimum, Grid(("method",), "phi", "slope"), [
-        Panel("phi", "slope", "method", NAMES, "dispersion phi (0: all agree, 1: coin toss)", "learned log-ratio per rank (nats)", "y")]),
-    "growth": Experiment(growth, Grid(("phi", "method"), "time", "margin"), [
-        Panel("time", "margin", "method", NAMES, "training time (steps x rate)", "margin (nats)", "xy", None, {"phi": phi},
-              f"phi = {phi}") for phi in (.05, .9)]),
-    "frontier": Experiment(frontier, Grid(("reward", "pairs"), "method", "place", "se"), [
-        Panel("kl", "place", "method", FRONTIER, "mean KL to the reference (nats)", "mean place (0 = best)", "", None,
-              {"reward": reward}, title) for reward, title in (("consensus", "as the consensus ranks"),
-                                                               ("annotator", "as a random annotator ranks"))]),
-    "samples": Experiment(samples, Grid(("phi",), "N lam^2", "ratio", "se"), [
-        Panel("N lam^2", "ratio", "phi", {phi: f"phi = {phi}" for phi in (.7, .8, .9, .95)},
-              "N lam^2  (N pairs of the prompt)", "regret, MallowsPO-phi / DPO", "xy", 1)]),
-    "shared": Experiment(shared, Grid(("index",), "pairs", "excess", "se"), [
+    "exact": (exact, None, [Panel("n", "pair", "", {"": "pair probability"}, "answers n", "largest error", "y")]),
+    "spearman": (spearman, None, [Panel("phi", "largest error", "n", {n: f"{n} answers" for n in (3, 5, 7)},
+                                        "dispersion phi", "exact probability - theta link, largest")]),
+    "link": (kendall_link, None, [Panel("h", "g", "link", SHAPES, "h (ranks)", "g(h), chance to be preferred")]),
+    "optimum": (optimum, (["method"], "phi", "slope", ""), [
+        Panel("phi", "slope", "method", NAMES, "dispersion phi (0: all agree, 1: coin toss)", "learned nats per rank", "y")]),
+    "growth": (growth, (["phi", "method"], "time", "margin", ""), [
+        Panel("time", "margin", "method", NAMES, "training time (steps x rate)", "margin (nats)", "xy", None,
+              f"phi = {phi}", ("phi", phi)) for phi in (.05, .9)]),
+    "frontier": (frontier, (["judge", "pairs"], "method", "place", "se"), [
+        Panel("kl", "place", "method", BEST, "mean KL to the reference (nats)", "mean place of the answer (0 best)", "", None,
+              f"judged by {judge}", ("judge", judge.split()[-1])) for judge in ("the consensus", "a random annotator")]),
+    "samples": (samples, (["phi"], "N lam^2", "ratio", "se"), [
+        Panel("N lam^2", "ratio", "phi", {phi: f"phi = {phi}" for phi in (.95, .9, .8, .7)}, "N lam^2, N pairs of the prompt",
+              "regret, MallowsPO-phi / DPO", "xy", 1)]),
+    "shared": (shared, (["index"], "pairs", "excess", "se"), [
         Panel("pairs", "excess", "index", INDEX, "pairs a prompt", "excess log-loss (mnat)", "xy")]),
-    "noise": Experiment(noise, Grid(("spread", "index"), "r", "ratio", "se"), [
-        Panel("r", "ratio", "line", {"as is, 0.4": "as is", "shrunk, 0.4": "shrunk", "as is, 1.3": "as is, wide spread",
-              "shrunk, 1.3": "shrunk, wide spread"}, "noise r of the index / its true spread", "excess log-loss / DPO's", "", 1)]),
-    "estimate": Experiment(estimate, Grid(("n", "estimator"), "answers", "rmse", "se"), [
-        Panel("lam", "proxy", "n", {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "10", 100: "100"},
-              "lam = -log phi", "estimate of lam, infinite data")]),
-    "people": Experiment(people, Grid(("items", "index"), "pairs", "over dpo", "over dpo se"), [
-        Panel("pairs", "over dpo", "index", {"phi, best index": "phi, fitted index", "dpo": "DPO",
-              "phi, inverted entropy": "phi, inverted entropy", "phi, shuffled index": "phi, shuffled"},
-              "pairs a file", "log-loss minus DPO's (mnat)", "x", 0)]),
+    "noise": (noise, (["spread", "index"], "r", "ratio", "se"), [
+        Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread", "excess log-loss / DPO's", "", 1)]),
+    "estimate": (estimate, (["n", "estimator"], "answers", "rmse", "se"), [
+        Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")]),
+    "people": (people, (["items", "index"], "pairs", "minus DPO", "minus DPO se"), [
+        Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs a file",
+              "log-loss minus DPO's (mnat)", "x")]),
 }
-STYLES = [{"color": "#00633a", "marker": "o", "linewidth": 3}, {"color": "#e8590c", "marker": "s", "linestyle": "--"},
+STYLES = [{"color": "#00633a", "marker": "o", "linewidth": 3.5}, {"color": "#f76707", "marker": "s", "linestyle": "--"},
           {"color": "#1864ab", "marker": "^", "linestyle": "-."}, {"color": "#868e96", "marker": "D", "linestyle": ":"}]
 
 
-def cell(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def show(rows: list[dict], grid: Grid | None) -> None:
+def show(rows: list[dict], grid) -> None:
     """Print rows as a table."""
-    if not rows:
-        return
     if grid:
-        cells = {}
+        down, across, value, se = grid
+        table = {}
         for row in rows:
-            text = f"{row[grid.value]:.4g}" + (f" +-{row[grid.se]:.2g}" if grid.se and row[grid.se] else "")
-            cells.setdefault(tuple(row[key] for key in grid.down), {})[row[grid.across]] = text
-        across = list(dict.fromkeys(row[grid.across] for row in rows))
-        lines = [[*grid.down, *(f"{grid.across} {key}" if key == across[0] else key for key in across)]]
-        lines += [[*down, *(line.get(key, "") for key in across)] for down, line in cells.items()]
-    else:
-        lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    lines = [[cell(value) for value in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
+            text = f"{row[value]:.4g}" + (f" +-{row[se]:.2g}" if row.get(se) else "")
+            table.setdefault(tuple(row[key] for key in down), {key: row[key] for key in down})[row[across]] = text
+        print(f"  {value} by {across}:")
+        rows = list(table.values())
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [head, *([row.get(key, "") for key in head] for row in rows)]
+    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
         print("  " + "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
 
 
@@ -751,29 +630,25 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("  no picture: pip install matplotlib")
+        print("  no picture: for those, pip install matplotlib")
         return
     figure = Figure(figsize=(6.2 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for style, (key, name) in zip(STYLES, panel.lines.items(), strict=False):
-            line = [row for row in rows if row.get(panel.by, "") == key and panel.where.items() <= row.items()]
-            if line:
-                few = {} if len(line) < 50 else {"marker": ""}
-                axes.plot([row[panel.x] for row in line], [row[panel.y] for row in line], label=name, **{**style, **few})
+            line = [row for row in rows if row.get(panel.by, "") == key and row.get(panel.where[0]) == panel.where[1]]
+            axes.plot([row[panel.x] for row in line], [row[panel.y] for row in line], label=name,
+                      markevery=max(len(line) // 12, 1), markersize=7, **{"linewidth": 2.2, **style})
         if panel.guide is not None:
             axes.axhline(panel.guide, color="black", linewidth=1)
-        axes.set_xscale("log" if "x" in panel.log else "linear")
-        axes.set_yscale("log" if "y" in panel.log else "linear")
+        axes.set(xscale="log" if "x" in panel.log else "linear", yscale="log" if "y" in panel.log else "linear")
         axes.set_xlabel(panel.xlabel, fontsize=15)
         axes.set_ylabel(panel.ylabel, fontsize=15)
         axes.set_title(panel.title, fontsize=15)
         axes.tick_params(labelsize=13)
-        axes.legend(fontsize=13, framealpha=.8)
+        axes.legend(fontsize=13)
         axes.grid(alpha=.3)
     figure.savefig(path, dpi=80)
 
-
-# ---------------------------------------------------------------------------------------------------------------
 
 def number(kind, low, high):
     """An argparse type: a number in [low, high]."""
@@ -783,55 +658,50 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} must be {'a whole' if kind is int else 'a'} number, {low} to {high}")
         return value
     return parse
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
-    parser.add_argument("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
-    parser.add_argument("--phis", type=number(float, .001, .999), nargs="+", help="dispersions, one a prompt (each experiment has its own)")
-    parser.add_argument("--pairs", type=number(int, 1, 10**7), nargs="+", help="preference pairs a prompt, or answers (estimate)")
-    parser.add_argument("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
-    parser.add_argument("--beta", type=number(float, 1e-3, 1e3), default=1.0, help="of optimum and samples: pull to the reference (1)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth and frontier (all)")
-    parser.add_argument("--rankings", nargs="+", metavar="FILE", help="of people: .soc and .soi files from PrefLib.org")
-    parser.add_argument("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")
-    return parser
-
-
 def main():
-    parser = arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
+    flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
+    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions, one a prompt (each experiment has its own)")
+    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="preference pairs a prompt; of estimate: answers")
+    flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
+    flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum and samples: pull to the reference (1)")
+    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth and frontier (all)")
+    flag("--rankings", nargs="+", metavar="FILE", help="of people: .soc and .soi files from PrefLib.org")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
+    flag("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")
     opt = parser.parse_args()
     if opt.rankings and opt.experiment not in ("all", "people"):
         parser.error(f"--rankings is for people, not for {opt.experiment}")
+    torch.set_num_threads(1)                  # the matrices are tiny: more threads only wait for each other
+    claims, start = [], time.time()
     try:
         opt.out.mkdir(parents=True, exist_ok=True)
+        for name in EXPERIMENTS if opt.experiment == "all" else [opt.experiment]:
+            run, grid, panels = EXPERIMENTS[name]
+            print(f"\n{name}: " + " ".join(run.__doc__.split()))
+            result = run(opt)
+            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(opt).items()}
+            record = {"experiment": name, "settings": settings, **(result.more or {}), "rows": result.rows,
+                      "claims": result.claims}
+            (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+            if result.rows:
+                show(result.rows, grid)
+                draw(result.curves or result.rows, panels, opt.out / f"{name}.png")
+            claims += result.claims
+    except BadFile as error:
+        parser.error(str(error))
     except OSError as error:
-        parser.error(f"--out {opt.out}: {error.strerror}")
-    torch.set_num_threads(1)                  # the matrices are tiny: more threads only wait for each other
-    claims, started = [], time.time()
-    for name in EXPERIMENTS if opt.experiment == "all" else [opt.experiment]:
-        experiment = EXPERIMENTS[name]
-        print(f"\n{name}: " + " ".join(experiment.run.__doc__.split()))
-        try:
-            result = experiment.run(opt)
-        except BadFile as error:
-            parser.error(str(error))
-        show(result.rows, experiment.layout)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(opt).items()}
-        record = {"experiment": name, "settings": settings, **result.more, "rows": result.rows,
-                  "claims": [claim._asdict() for claim in result.claims]}
-        (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        if result.rows:
-            draw(result.curves or result.rows, experiment.panels, opt.out / f"{name}.png")
-        claims += result.claims
-    print(f"\nVerdict ({opt.seeds} seeds, {time.time() - started:.0f} s)")
-    for claim in claims:
-        print(f"  {'holds' if claim.holds else 'DOES NOT':<9} {claim.text:<76} {claim.number}")
+        parser.error(f"{error.filename}: {error.strerror}")
+    print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
+    for claim, holds, found in claims:
+        print(f"  {'holds' if holds else 'DOES NOT':<9} {claim:<74} {found}")
 
 
 if __name__ == "__main__":
