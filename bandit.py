@@ -96,7 +96,7 @@ def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e
         move = torch.linalg.solve(curvature + stiff + 1 / n, gradient)      # 1/n: u is free up to a constant
         there = look(u - move)
         better = there[0] <= value
-        here = tuple(torch.where(better.reshape(*better.shape, *[1] * (new.dim() - better.dim())), new, old)
+        here = tuple(torch.where(better.reshape(better.shape + (1,) * (new.dim() - better.dim())), new, old)
                      for new, old in zip(there, here, strict=True))
         u = torch.where(better[..., None], u - move, u)
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e8)
