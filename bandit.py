@@ -632,7 +632,7 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
     except ImportError:
         print("  no picture: for those, pip install matplotlib")
         return
-    figure = Figure(figsize=(6.2 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2 if len(panels) == 1 else 10.4, 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for style, (key, name) in zip(STYLES, panel.lines.items(), strict=False):
             line = [row for row in rows if row.get(panel.by, "") == key and row.get(panel.where[0]) == panel.where[1]]
@@ -641,13 +641,15 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
         if panel.guide is not None:
             axes.axhline(panel.guide, color="black", linewidth=1)
         axes.set(xscale="log" if "x" in panel.log else "linear", yscale="log" if "y" in panel.log else "linear")
+        for axis in [getattr(axes, f"{name}axis") for name in panel.log]:
+            axis.set_major_formatter("{x:g}")
         axes.set_xlabel(panel.xlabel, fontsize=15)
         axes.set_ylabel(panel.ylabel, fontsize=15)
         axes.set_title(panel.title, fontsize=15)
         axes.tick_params(labelsize=13)
         axes.legend(fontsize=13)
         axes.grid(alpha=.3)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80 if len(panels) == 1 else 72)
 
 
 def number(kind, low, high):
