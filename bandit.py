@@ -1,8 +1,8 @@
 """The dispersion theory, checked: what MallowsPO claims, what of it is true, how strongly, and where it loses.
 
-A bandit is a language model with the words taken out: a prompt is a set of n answers, a policy a softmax over them,
-and people rank the answers by a Mallows model whose centre is 0, 1, ..., n - 1.  Everything is known, so every claim
-has a number.  The losses are mallowspo.LINKS, the very functions that train.py trains with.
+A bandit is a language model with the words taken out: a prompt is a set of n answers, a policy a softmax over
+them, and people rank the answers by a Mallows model whose centre is 0, 1, ..., n - 1.  Everything is known: every
+claim has a number.  The losses are mallowspo.LINKS, the very functions that train.py trains with.
 
     python bandit.py                                every experiment with few seeds, about a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5       one experiment in full
@@ -58,15 +58,15 @@ def draw_pairs(rng, chances: Tensor, count) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Engine.  A policy is pi = ref * exp(u / beta) / Z; the losses see u only, so beta enters when a policy is read off.
+# Engine.  A policy is pi = ref * exp(u / beta) / Z; the losses see u only: beta enters when a policy is read off.
 
 def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e-10) -> Tensor:
     """The u (..., n) with the least mean loss over all pairs of all prompts: one policy for the P prompts of
     wins (..., P, n, n) with dispersions lam (..., P); everything before P is independent fits, done at once.
 
-    Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects people
-    to say, so it is never negative, however bent the link; Levenberg's damping makes every step a descent.  That
-    takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth.
+    Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects
+    people to say, so it is never negative, however bent the link; Levenberg's damping makes every step a descent.
+    That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth.
     """
     n = wins.shape[-1]
     i, j = pairs_of(n)
@@ -106,7 +106,7 @@ def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e
 
 
 def excess(link: str, u: Tensor, lam: Tensor, chances: Tensor) -> Tensor:
-    """(...) log-loss of a shared policy u (..., n) on new pairs, beyond that of knowing chances (..., P, n, n); mnat."""
+    """(...) log-loss of a shared u (..., n) on new pairs, beyond what chances (..., P, n, n) allow (mnat)."""
     i, j = pairs_of(u.shape[-1])
     gap = (u[..., i] - u[..., j])[..., None, :]                                           # (..., 1, pairs)
     p, q = chances[..., i, j], chances[..., j, i]                                         # (..., P, pairs)
@@ -115,7 +115,7 @@ def excess(link: str, u: Tensor, lam: Tensor, chances: Tensor) -> Tensor:
 
 
 def slope_per_rank(u: Tensor) -> Tensor:
-    """(...) what u falls by from one place to the next, on average; 1 is the target pi_ref * exp(-place / beta)."""
+    """(...) what u falls by from place to place, on average; 1 is the target pi_ref * exp(-place / beta)."""
     return (u[..., 0] - u[..., -1]) / (u.shape[-1] - 1)
 
 
@@ -151,11 +151,12 @@ def parse_order(text: str, items: int, complete: bool) -> tuple[int, tuple[int, 
         raise ValueError(f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
     count, *order = map(int, re.findall("[0-9]+", text))
     if not all(1 <= item <= items for item in order):
-        raise ValueError(f"unknown item {next(x for x in order if not 1 <= x <= items)}; the file has 1 to {items}")
+        unknown = next(item for item in order if not 1 <= item <= items)
+        raise ValueError(f"unknown item {unknown}; the file has 1 to {items}")
     if len(set(order)) < len(order):
         raise ValueError(f"item {max(order, key=order.count)} is there twice")
     if complete and len(order) < items:
-        raise ValueError(f"{len(order)} items of {items}; in a .soc file orders are complete (.soi: may be partial)")
+        raise ValueError(f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
     return count, tuple(order)
 
 
@@ -203,8 +204,8 @@ def read_rankings(path: str) -> Ballots:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Experiments: each takes the options and returns rows and claims.  Numbers are means over seeds, `se` their standard
-# errors; log-losses are in mnat, thousandths of a nat.
+# Experiments: each takes the options and returns rows and claims.  Numbers are means over seeds, `se` their
+# standard errors; log-losses are in mnat, thousandths of a nat.
 
 class Result(NamedTuple):
     rows: list[dict]
@@ -226,21 +227,22 @@ def exact(opt) -> Result:
     lam, rows = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99]), []
     for n in range(2, 8):
         (i, j), ranks = pairs_of(n), mallowspo.enumerate_rankings(n)
-        p, cost = mallowspo.exact_model(ranks, lam), mallowspo.kendall_distance(ranks).to(F64)   # (phis, n!), (n!,)
+        p = mallowspo.exact_model(ranks, lam)                                             # (phis, n!)
+        cost = mallowspo.kendall_distance(ranks).to(F64)                                  # (n!,)
         mean, variance = mallowspo.distance_moments(n, lam)
-        by_sum = (p * cost).sum(-1)
-        rows.append({"n": n, "log Z": distance(mallowspo.log_partition(n, lam), (-lam[:, None] * cost).logsumexp(-1)),
+        by_sum, log_z = (p * cost).sum(-1), (-lam[:, None] * cost).logsumexp(-1)
+        rows.append({"n": n, "log Z": distance(mallowspo.log_partition(n, lam), log_z),
                      "mean": distance(mean, by_sum),
                      "variance": distance(variance, (p * (cost - by_sum[:, None]) ** 2).sum(-1)),
                      "favourite": distance(mallowspo.top_choice(n, lam), p @ (ranks == 0).to(F64)),
                      "pair": distance(truth(n, lam)[..., i, j], mallowspo.pair_rates(ranks, p)[..., i, j])})
     worst = max(max(list(row.values())[1:]) for row in rows)
-    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"worst error {worst:.0e}, n = 2 to 7")])
+    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")])
 
 
 def spearman(opt) -> Result:
-    """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers that a
-    person places side by side, too cautious for the others, the more so the more answers and dispute.
+    """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers
+    that a person places side by side, too cautious for the others, the more so the more answers and dispute.
     """
     phis, rows = opt.phis or [.05, .3, .5, .7, .9, .95, .99], []
     lam, factors = to_lam(phis)[:, None], torch.linspace(1, 3, 801, dtype=F64)
@@ -253,11 +255,13 @@ def spearman(opt) -> Result:
         adjacent = (p @ (beside * (ranks[:, i] < ranks[:, j]))) / (p @ beside) - link(lam)
         errors = (above + link(lam) - link(factors[:, None, None] * lam)).abs().amax(-1)  # (factors, phis)
         rows += [{"n": n, "phi": phi, "largest error": above[k].max().item(), "smallest": above[k].min().item(),
-                  "side by side": adjacent[k].abs().max().item(), "best factor": factors[errors[:, k].argmin()].item(),
-                  "error with it": errors[:, k].min().item()} for k, phi in enumerate(phis)]
+                  "side by side": adjacent[k].abs().max().item(),
+                  "best factor": factors[errors[:, k].argmin()].item(), "error with it": errors[:, k].min().item()}
+                 for k, phi in enumerate(phis)]
     worst, least = max(pick(rows, "largest error", n=5)), min(pick(rows, "smallest"))
-    return Result(rows, [("theta's link is Spearman's pair probability", worst < 1e-3, f"off by {worst:.3f} at n = 5"),
-                         ("theta's link never exceeds it", least > -1e-12, f"smallest difference {least:.0e}")])
+    return Result(rows, [
+        ("theta's link is Spearman's pair probability", worst < 1e-3, f"off by {worst:.3f} at n = 5"),
+        ("theta's link never exceeds it", least > -1e-12, f"smallest difference {least:.0e}")])
 
 
 def as_printed(h: Tensor, lam: Tensor) -> Tensor:
@@ -268,8 +272,8 @@ def as_printed(h: Tensor, lam: Tensor) -> Tensor:
 
 
 def kendall_link(opt) -> Result:
-    """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam, log 0
-    for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
+    """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam,
+    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
     """
     h, rows = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)]), []
     for lam in to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.]):
@@ -288,8 +292,8 @@ def kendall_link(opt) -> Result:
     bad, ours, worst = (sum(pick(rows, "printed: nan or inf")), sum(pick(rows, "ours: nan or inf")),
                         max(pick(rows, "ours: error")))
     return Result(rows, [
-        ("phi's link can be used as printed (float32)", bad == 0, f"{bad} of {len(rows) * len(h)} losses nan or inf"),
-        ("phi's stable form is right in float32", ours == 0 and worst < 1e-5, f"relative error {worst:.0e}")], curves)
+        ("phi's link can be used as printed (float32)", bad == 0, f"{bad} of {len(rows) * len(h)} nan or inf"),
+        ("phi's stable form is right in float32", ours == 0 and worst < 1e-5, f"error {worst:.0e}")], curves)
 
 
 def optimum(opt) -> Result:
@@ -308,8 +312,8 @@ def optimum(opt) -> Result:
 
 
 def growth(opt) -> Result:
-    """On a pair that nobody disputes no likelihood method stops: the margin grows like log(time).  MallowsPO slows it
-    where the prompt's index says that people agree, and speeds it up where it says they do not; only IPO is bounded.
+    """On a pair that nobody disputes no likelihood method stops: the margin grows like log(time).  MallowsPO slows
+    it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded.
     """
     curves, claims, phis = [], [], opt.phis or [.05, .3, .9]
     grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
@@ -325,16 +329,17 @@ def growth(opt) -> Result:
                 now = float(np.interp(t, elapsed, margin))
                 pace = t * math.exp(np.interp(now, margin, np.log(speed))) if t < elapsed[-1] else 0.0
                 curves.append({"phi": phi, "method": method, "time": t, "margin": now, "per e-fold": pace})
-        pace = {method: pick(curves, "per e-fold", phi=phi, time=1e6, method=method)[0] for method in opt.methods}
-        if {"mallows-phi", "dpo"} <= set(pace):
-            claims.append((f"phi's margin grows slower than DPO's on agreed pairs, phi = {phi}",
-                           pace["mallows-phi"] < pace["dpo"], f"{pace['mallows-phi'] / pace['dpo']:.2f} x, unbounded"))
+        if {"mallows-phi", "dpo"} <= set(opt.methods):
+            ours, dpo = (pick(curves, "per e-fold", phi=phi, time=1e6, method=method)[0]
+                         for method in ("mallows-phi", "dpo"))
+            claims.append((f"phi's margin grows slower than DPO's on agreed pairs, phi = {phi}", ours < dpo,
+                           f"{ours / dpo:.2f} x, and no end"))
     return Result([row for row in curves if row["time"] in (1e2, 1e4, 1e6, 1e8)], claims, curves)
 
 
 def frontier(opt) -> Result:
-    """What a mean KL of 1/2 nat buys, with one beta for prompts of many dispersions: the answer's mean place, 0 best.
-    MallowsPO-phi is on the frontier if the consensus ranks, off it if a random annotator does: there IPO is.
+    """What a mean KL of 1/2 nat buys, with one beta for prompts of many dispersions: the answer's mean place, 0 is
+    best.  MallowsPO-phi is on the frontier if the consensus ranks, not if a random annotator does: there IPO is.
     """
     lam, rng = to_lam(opt.phis or [.05, .1, .2, .5, .8, .9, .95]), np.random.default_rng(opt.seed)
     chances, rows, curves, claims = truth(opt.n, lam), [], [], []                         # (P, n, n)
@@ -348,8 +353,8 @@ def frontier(opt) -> Result:
             for method, u in (({"best possible": -place} if known else {}) | policies).items():
                 mean, se = mean_se(place_at_kl(u, place, .5))
                 rows.append({"judge": judge, "pairs": count, "method": method, "place": mean, "se": se})
-                curves += [{"judge": judge, "method": method, "kl": kl / 20, "place": place_at_kl(u, place, kl / 20).item()}
-                           for kl in range(1, 21) if known]
+                curves += [{"judge": judge, "method": method, "kl": k / 20,
+                            "place": place_at_kl(u, place, k / 20).item()} for k in range(1, 21) if known]
                 if known and method in ("mallows-phi", "ipo"):
                     best = pick(rows, "place", judge=judge, method="best possible")[0]
                     claims.append((f"{method} gets the most per KL, judged by the {judge}", mean < best + .005,
@@ -358,16 +363,16 @@ def frontier(opt) -> Result:
 
 
 def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
-    """(...) mean place under the policies softmax(scale * u), u (..., P, n), at the scale where their mean KL is kl."""
+    """(...) mean place under the policies softmax(scale * u), u (..., P, n), scaled to a mean KL of kl."""
     policy = lambda scale: torch.softmax(scale[..., None, None] * u, -1)
-    entropy = lambda scale: torch.special.entr(policy(scale)).sum(-1).mean(-1)            # falls as the scale grows
+    entropy = lambda scale: torch.special.entr(policy(scale)).sum(-1).mean(-1)      # falls as the scale grows
     target = torch.full(u.shape[:-2], math.log(u.shape[-1]) - kl, dtype=F64)
     return (policy(mallowspo.invert(entropy, target, high=1e4)) * place).sum(-1).mean(-1)
 
 
 def samples(opt) -> Result:
-    """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Regret, beta * KL(pi || pi*),
-    as a ratio to DPO's, is above 1 until the N pairs of the prompt reach N * lam^2 of 2 to 6, and far below 1 later.
+    """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Its regret, beta *
+    KL(pi || pi*), over DPO's is above 1 until the N pairs of the prompt reach N * lam^2 of 3 to 8.
     """
     phis, rows, rng = opt.phis or [.7, .8, .9, .95], [], np.random.default_rng(opt.seed)
     lam, steps = to_lam(phis), torch.tensor([.1, .3, 1, 2, 3, 6, 10, 30, 100], dtype=F64)[:, None]
@@ -393,7 +398,7 @@ def samples(opt) -> Result:
 def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor, choices: Tensor) -> list[dict]:
     """One policy for P prompts, fitted to pairs drawn with the chances `train` and judged by `test`, (S, P, n, n).
 
-    lam: (S, P) best knowledge of the dispersions; entropy: (S, P) of people's favourites; choices: (S, P, n) counts.
+    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites.
     """
     proxy, prompts = mallowspo.dispersion_weight(entropy / math.log(test.shape[-1]), 1.0), lam.shape[-1]
     moved = torch.arange(prompts) + torch.from_numpy(rng.integers(1, max(prompts, 2), size=(len(lam), 1)))
@@ -424,8 +429,8 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
 
 
 def shared(opt) -> Result:
-    """One policy for prompts that differ only in dispersion, as a language model is: log-loss on new pairs beyond the
-    least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none.
+    """One policy for prompts that differ only in dispersion, as a language model is: log-loss on new pairs beyond
+    the least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none.
     """
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
@@ -435,14 +440,15 @@ def shared(opt) -> Result:
     at = dict(zip(pick(rows, "index", pairs=count), pick(rows, "excess", pairs=count), strict=True))
     return Result(rows, [(f"one policy for many dispersions: {name} beats DPO", at[name] < at["dpo"],
                           f"{at[name]:.1f} against {at['dpo']:.1f} mnat, {count} pairs a prompt")
-                         for name in at if name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index")])
+                         for name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index")])
 
 
 def noise(opt) -> Result:
     """What an imprecise index costs: excess log-loss of MallowsPO-phi over DPO's, by the noise r of log lam as a
-    multiple of its spread over 12 prompts.  As it is, it loses from r of 1.2 or so; shrunk by 1 / (1 + r^2), never.
+    multiple of its spread over 12 prompts.  As it is it loses from r of about 1.2; shrunk by 1 / (1 + r^2), never.
     """
-    rng, rows, z = np.random.default_rng(opt.seed), [], torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
+    rng, rows = np.random.default_rng(opt.seed), []
+    z = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
     for spread in (.4, .8, 1.3):
         log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
         chances = truth(opt.n, log_lam.exp())
@@ -454,7 +460,8 @@ def noise(opt) -> Result:
             for form, power in (("as is", 1), ("shrunk", 1 / (1 + r * r))):
                 index = (middle + power * (guess - middle)).exp().clamp(max=30)
                 ratio, se = ratio_se(excess("mallows-phi", fit("mallows-phi", wins, index), index, chances), dpo)
-                rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se, "line": f"{form}, {spread}"})
+                rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se,
+                             "line": f"{form}, {spread}"})
     return Result(rows, [(f"phi beats DPO with an index of noise r = {r}, {form}", max(ratio) < 1,
                           f"{min(ratio):.2f} to {max(ratio):.2f} x DPO's excess")
                          for r, form in ((.5, "as is"), (1.5, "as is"), (1.5, "shrunk"))
@@ -468,8 +475,8 @@ def proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
 
 
 def estimate(opt) -> Result:
-    """lam from few answers, root mean square error: the paper's proxy, -log of the normalised entropy times a constant,
-    orders prompts rightly but is not proportional to lam; inverting the entropy is, with a pseudo-count for few answers.
+    """lam from few answers, root mean square error.  The paper's proxy, -log of the normalised entropy times a
+    constant, orders prompts rightly but is not proportional to lam; the inverted entropy is, with a pseudo-count.
     (Estimates end at lam = 50, so those that can be infinite are bad in the mean, by how much is arbitrary.)
     """
     lam, rng, rows, curves = to_lam(opt.phis or np.arange(1, 20) / 20), np.random.default_rng(opt.seed), [], []
@@ -479,50 +486,50 @@ def estimate(opt) -> Result:
         for m in opt.pairs or [8, 16, 64, 1024]:
             counts = torch.from_numpy(rng.multinomial(m, mallowspo.top_choice(n, lam).numpy(), size=size))
             entropy, couples = torch.special.entr(counts / m).sum(-1), (m + 1) // 2       # (S, phis)
-            differ = torch.from_numpy(rng.binomial(couples, mallowspo.disagreement(n, lam).numpy(), size=size)) / couples
+            differ = rng.binomial(couples, mallowspo.disagreement(n, lam).numpy(), size=size) / couples
             guesses = {"entropy proxy (the paper)": proxy(n, entropy, fine),
                        "inverted entropy": mallowspo.lam_of_entropy(entropy, n),
                        "inverted, pseudo-count": mallowspo.lam_of_choices(counts),
-                       "two people, random pair": mallowspo.lam_of_disagreement(differ, n)}
+                       "two people, random pair": mallowspo.lam_of_disagreement(torch.from_numpy(differ), n)}
             for name, guess in guesses.items():
                 square, se = mean_se((guess - lam).square().mean(-1))
-                rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5, "se": se / (2 * square ** .5)})
+                rmse = square ** .5
+                rows.append({"n": n, "estimator": name, "answers": m, "rmse": rmse, "se": se / (2 * rmse)})
     for n in (5, 10, 100):
         entropy = mallowspo.favourite_entropy(n, fine)
         worst = max(worst, distance(mallowspo.lam_of_entropy(entropy, n), fine))
         guess = proxy(n, entropy, fine)
         ordered &= bool((guess.diff() > 0).all())
-        curves += [{"n": n, "lam": x, "guess": y, "ratio": y / x} for x, y in zip(fine.tolist(), guess.tolist(), strict=True)]
+        curves += [{"n": n, "lam": x, "guess": y, "ratio": y / x}
+                   for x, y in zip(fine.tolist(), guess.tolist(), strict=True)]
     curves += [{"n": "lam", "lam": x, "guess": x} for x in fine.tolist()]
     low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
-    return Result(rows, [("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
-                         ("the entropy proxy is proportional to lam", high < 1.1 * low, f"{low:.2f} to {high:.2f} x lam, n = 5"),
-                         ("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}")], curves)
+    return Result(rows, [
+        ("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
+        ("the entropy proxy is proportional to lam", high < 1.1 * low, f"{low:.2f} to {high:.2f} x lam, n = 5"),
+        ("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}")], curves)
 
 
 def people(opt) -> Result:
-    """Real rankings: centre, dispersion, and how often the item that is k places higher in the centre is preferred.
-    Then one policy for all files of as many items, indices and pairs from half of the voters, log-loss on the others.
+    """Real rankings: centre, dispersion, how often the item that is k places higher in the centre is preferred.
+    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others.
     """
     if not opt.rankings:
-        print("  No --rankings given.  PrefLib.org has many; put the .soc or .soi files of one set (00024) after it.")
+        print("  No --rankings given.  PrefLib.org has many; give the .soc or .soi files of a set (00024).")
         return Result([], [], None, {"files": []})
     rng, rows, claims, files, groups = np.random.default_rng(opt.seed), [], [], [], {}
     for name in opt.rankings:
         ballots = read_rankings(name)
         n, used = ballots.ranks.shape[-1], int(ballots.weight.sum())
         centre, lam = mallowspo.fit_rankings(ballots.ranks, ballots.weight)
-        rates, gap = mallowspo.pair_rates(ballots.ranks[:, centre], ballots.weight), torch.arange(1, n, dtype=F64)
-        seen = torch.stack([rates.diagonal(k).mean() for k in range(1, n)])
-        weight = (n - gap) * gap               # where a one-parameter logistic link has its likelihood's slope 0
-        logit = mallowspo.invert(lambda c: -(weight * torch.sigmoid(c * gap)).sum(), -(weight * seen).sum()) * gap
-        rates = {"observed": seen, "Kendall": mallowspo.pair_probability(gap, lam), "logistic": torch.sigmoid(logit)}
-        files.append({"file": name, "phi": math.exp(-lam), "centre": (centre + 1).tolist(), "voters": used, "items": n,
-                      "voters in file": ballots.voters, "by gap": {key: rate.tolist() for key, rate in rates.items()}})
+        rates = by_gap(ballots.ranks[:, centre], ballots.weight, lam)
+        files.append({"file": name, "phi": math.exp(-lam), "centre": (centre + 1).tolist(), "voters": used,
+                      "items": n, "voters in file": ballots.voters, "by gap": rates})
         groups.setdefault(n, []).append(ballots)
         print(f"  {name}: phi {math.exp(-lam):.4f}, centre {','.join(map(str, files[-1]['centre']))}, "
-              f"{used:,} of {ballots.voters:,} voters used" + "".join(
-                  f"\n    {key:<9} by gap  " + " ".join(f"{x:.3f}" for x in rate.tolist()) for key, rate in rates.items()))
+              f"{used:,} of {ballots.voters:,} voters used")
+        for key, rate in rates.items():
+            print(f"    {key:<9} by gap  " + " ".join(f"{x:.3f}" for x in rate))
     for n, group in groups.items():
         if len(group) < 2 or min(ballots.weight.sum() for ballots in group) < 2:
             print(f"  {n} items: a comparison needs two files, and two voters in each")
@@ -530,21 +537,33 @@ def people(opt) -> Result:
         rows += [{"items": n, **row} for row in compare(opt, rng, *held_out(opt, rng, group))]
         count = 256 if 256 in pick(rows, "pairs", items=n) else rows[-1]["pairs"]
         for index in ("phi, inverted entropy", "phi, shuffled index"):
-            mean, se = (pick(rows, key, items=n, pairs=count, index=index)[0] for key in ("minus DPO", "minus DPO se"))
-            claims.append((f"people, {n} items, new voters: {index} beats DPO", mean < 0, f"{mean:+.2f} +- {se:.2f} mnat"))
+            row, = (row for row in rows if (row["items"], row["pairs"], row["index"]) == (n, count, index))
+            claims.append((f"people, {n} items, new voters: {index} beats DPO", row["minus DPO"] < 0,
+                           f"{row['minus DPO']:+.2f} +- {row['minus DPO se']:.2f} mnat"))
     return Result(rows, claims, None, {"files": files})
 
 
+def by_gap(ranks: Tensor, weight: Tensor, lam: Tensor) -> dict[str, list[float]]:
+    """How often an item is preferred to the one k = 1, 2, ... places below it: seen, and as two links have it."""
+    rates, gap = mallowspo.pair_rates(ranks, weight), torch.arange(1, ranks.shape[-1], dtype=F64)
+    seen = torch.stack([rates.diagonal(k).mean() for k in range(1, len(rates))])
+    load = (len(rates) - gap) * gap            # the logistic link's one parameter is where its likelihood is flat
+    slope = mallowspo.invert(lambda c: -(load * torch.sigmoid(c * gap)).sum(), -(load * seen).sum())
+    links = {"observed": seen, "Kendall": mallowspo.pair_probability(gap, lam),
+             "logistic": torch.sigmoid(slope * gap)}
+    return {name: rate.tolist() for name, rate in links.items()}
+
+
 def held_out(opt, rng, group: list[Ballots]) -> tuple[Tensor, ...]:
-    """What `compare` wants, from random halves of the voters; answer k of a file is what its first half puts k-th."""
+    """What `compare` wants, from random halves of the voters; answer k is what a file's first half puts k-th."""
     parts = []
     for ranks, weight, _ in group:
         votes = weight.long().numpy()
         first = rng.multivariate_hypergeometric(votes, votes.sum() // 2, size=opt.seeds)  # (S, orders)
         first, second = (torch.from_numpy(half).to(F64) for half in (first, votes - first))
         centre, lam = mallowspo.fit_rankings(ranks, first)
-        train, test = (torch.stack([rate[c][:, c] for rate, c in zip(mallowspo.pair_rates(ranks, half), centre, strict=True)])
-                       for half in (first, second))
+        train, test = (mallowspo.pair_rates(ranks, half).take_along_dim(centre[:, :, None], 1)
+                       .take_along_dim(centre[:, None], 2) for half in (first, second))   # (S, n, n), by place
         choices = first @ (ranks == 0).to(F64)
         entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)
         parts.append((train, test, lam, entropy, choices))
@@ -576,35 +595,39 @@ SPREADS = {"as is, 0.4": "as is, spread 0.4", "shrunk, 0.4": "shrunk, spread 0.4
 GUESSES = {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "proxy, 10", 100: "proxy, 100"}
 SHAPES = {f"{form} {phi}": f"{form}, phi = {phi}" for phi in (.05, .8) for form in ("ours", "printed")}
 
-# name: function; rows printed as they are (None) or as a grid (keys down, key across, value, its error); the picture
+# name: function; rows printed as they are (None) or in a grid (keys down, key across, value, its error); picture
 EXPERIMENTS = {
     "exact": (exact, None, [Panel("n", "pair", "", {"": "pair probability"}, "answers n", "largest error", "y")]),
     "spearman": (spearman, None, [Panel("phi", "largest error", "n", {n: f"{n} answers" for n in (3, 5, 7)},
                                         "dispersion phi", "exact probability - theta link, largest")]),
     "link": (kendall_link, None, [Panel("h", "g", "link", SHAPES, "h (ranks)", "g(h), chance to be preferred")]),
     "optimum": (optimum, (["method"], "phi", "slope", ""), [
-        Panel("phi", "slope", "method", NAMES, "dispersion phi (0: all agree, 1: coin toss)", "learned nats per rank", "y")]),
+        Panel("phi", "slope", "method", NAMES, "dispersion phi (0: all agree, 1: coin toss)",
+              "learned nats per rank", "y")]),
     "growth": (growth, (["phi", "method"], "time", "margin", ""), [
         Panel("time", "margin", "method", NAMES, "training time (steps x rate)", "margin (nats)", "xy", None,
               f"phi = {phi}", ("phi", phi)) for phi in (.05, .9)]),
     "frontier": (frontier, (["judge", "pairs"], "method", "place", "se"), [
-        Panel("kl", "place", "method", BEST, "mean KL to the reference (nats)", "mean place of the answer (0 best)", "", None,
-              f"judged by {judge}", ("judge", judge.split()[-1])) for judge in ("the consensus", "a random annotator")]),
+        Panel("kl", "place", "method", BEST, "mean KL to the reference (nats)", "mean place (0 best)",
+              "", None, f"judged by {judge}", ("judge", judge.split()[-1]))
+        for judge in ("the consensus", "a random annotator")]),
     "samples": (samples, (["phi"], "N lam^2", "ratio", "se"), [
-        Panel("N lam^2", "ratio", "phi", {phi: f"phi = {phi}" for phi in (.95, .9, .8, .7)}, "N lam^2, N pairs of the prompt",
-              "regret, MallowsPO-phi / DPO", "xy", 1)]),
+        Panel("N lam^2", "ratio", "phi", {phi: f"phi = {phi}" for phi in (.95, .9, .8, .7)},
+              "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", "xy", 1)]),
     "shared": (shared, (["index"], "pairs", "excess", "se"), [
         Panel("pairs", "excess", "index", INDEX, "pairs a prompt", "excess log-loss (mnat)", "xy")]),
     "noise": (noise, (["spread", "index"], "r", "ratio", "se"), [
-        Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread", "excess log-loss / DPO's", "", 1)]),
+        Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread",
+              "excess log-loss / DPO's", "", 1)]),
     "estimate": (estimate, (["n", "estimator"], "answers", "rmse", "se"), [
         Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")]),
     "people": (people, (["items", "index"], "pairs", "minus DPO", "minus DPO se"), [
         Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs a file",
               "log-loss minus DPO's (mnat)", "x")]),
 }
-STYLES = [{"color": "#00633a", "marker": "o", "linewidth": 3.5}, {"color": "#f76707", "marker": "s", "linestyle": "--"},
-          {"color": "#1864ab", "marker": "^", "linestyle": "-."}, {"color": "#868e96", "marker": "D", "linestyle": ":"}]
+STYLES = [dict(zip(("color", "marker", "linestyle", "linewidth"), style, strict=True)) for style in (
+    ("#00633a", "o", "-", 3.5), ("#f76707", "s", "--", 2.2),
+    ("#1864ab", "^", "-.", 2.2), ("#868e96", "D", ":", 2.2))]
 
 
 def show(rows: list[dict], grid) -> None:
@@ -635,9 +658,10 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
     figure = Figure(figsize=(6.2 if len(panels) == 1 else 10.4, 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for style, (key, name) in zip(STYLES, panel.lines.items(), strict=False):
-            line = [row for row in rows if row.get(panel.by, "") == key and row.get(panel.where[0]) == panel.where[1]]
+            only, value = panel.where
+            line = [row for row in rows if row.get(panel.by, "") == key and row.get(only) == value]
             axes.plot([row[panel.x] for row in line], [row[panel.y] for row in line], label=name,
-                      markevery=max(len(line) // 12, 1), markersize=7, **{"linewidth": 2.2, **style})
+                      markevery=max(len(line) // 12, 1), markersize=7, **style)
         if panel.guide is not None:
             axes.axhline(panel.guide, color="black", linewidth=1)
         axes.set(xscale="log" if "x" in panel.log else "linear", yscale="log" if "y" in panel.log else "linear")
@@ -660,21 +684,22 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {'a whole' if kind is int else 'a'} number, {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high}")
         return value
     return parse
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
     flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
-    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions, one a prompt (each experiment has its own)")
+    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions (each experiment has its own)")
     flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="preference pairs a prompt; of estimate: answers")
     flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
-    flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum and samples: pull to the reference (1)")
-    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth and frontier (all)")
+    flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum, samples: pull to reference (1)")
+    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth, frontier (all)")
     flag("--rankings", nargs="+", metavar="FILE", help="of people: .soc and .soi files from PrefLib.org")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
     flag("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")

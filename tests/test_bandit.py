@@ -16,13 +16,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bandit      # noqa: E402
-import mallowspo   # noqa: E402
+import bandit  # noqa: E402
+import mallowspo  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "rankings.soi"
 DOTS = sorted((Path(os.environ.get("PREFLIB", "nowhere")) / "00024-dots").glob("*.soc"))
 APA = sorted((Path(os.environ.get("PREFLIB", "nowhere")) / "00028-apa").glob("*.soi"))
-needs_preflib = pytest.mark.skipif(not DOTS, reason="set PREFLIB to a folder with 00024-dots and 00028-apa of PrefLib.org")
+needs_preflib = pytest.mark.skipif(not DOTS, reason="PREFLIB is not a folder with 00024-dots and 00028-apa")
 torch.set_num_threads(1)
 
 
@@ -327,7 +327,8 @@ def test_silly_arguments_get_one_line(words, word, tmp_path):
 
 def test_it_runs_as_a_script(tmp_path):
     (tmp_path / "bad.soc").write_text("5: 1,2,3\n")
-    done = subprocess.run([sys.executable, "bandit.py", "people", "--rankings", tmp_path / "bad.soc", "--out", tmp_path],
+    words = ["people", "--rankings", tmp_path / "bad.soc", "--out", tmp_path]
+    done = subprocess.run([sys.executable, "bandit.py", *words],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "bad.soc:1: " in done.stderr and "Traceback" not in done.stderr
 
