@@ -434,7 +434,7 @@ def shared(opt) -> Result:
     """
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
-    choices = torch.from_numpy(rng.multinomial(64, mallowspo.top_choice(opt.n, lam).numpy()))
+    choices = torch.from_numpy(rng.multinomial(64, mallowspo.top_choice(opt.n, lam).numpy())).to(F64)
     rows = compare(opt, rng, chances, chances, lam, mallowspo.favourite_entropy(opt.n, lam), choices)
     count = 256 if 256 in pick(rows, "pairs") else rows[-1]["pairs"]
     at = dict(zip(pick(rows, "index", pairs=count), pick(rows, "excess", pairs=count), strict=True))
@@ -477,14 +477,14 @@ def proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
 def estimate(opt) -> Result:
     """lam from few answers, root mean square error.  The paper's proxy, -log of the normalised entropy times a
     constant, orders prompts rightly but is not proportional to lam; the inverted entropy is, with a pseudo-count.
-    (Estimates end at lam = 50, so those that can be infinite are bad in the mean, by how much is arbitrary.)
+    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)
     """
     lam, rng, rows, curves = to_lam(opt.phis or np.arange(1, 20) / 20), np.random.default_rng(opt.seed), [], []
     fine, worst, ordered = to_lam(torch.linspace(.99, .01, 99, dtype=F64)), 0.0, True
     size = (opt.seeds, len(lam))
     for n in (5, 10):
         for m in opt.pairs or [8, 16, 64, 1024]:
-            counts = torch.from_numpy(rng.multinomial(m, mallowspo.top_choice(n, lam).numpy(), size=size))
+            counts = torch.from_numpy(rng.multinomial(m, mallowspo.top_choice(n, lam).numpy(), size=size)).to(F64)
             entropy, couples = torch.special.entr(counts / m).sum(-1), (m + 1) // 2       # (S, phis)
             differ = rng.binomial(couples, mallowspo.disagreement(n, lam).numpy(), size=size) / couples
             guesses = {"entropy proxy (the paper)": proxy(n, entropy, fine),
@@ -657,10 +657,15 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
         return
     figure = Figure(figsize=(6.2 if len(panels) == 1 else 10.4, 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for style, (key, name) in zip(STYLES, panel.lines.items(), strict=False):
-            only, value = panel.where
-            line = [row for row in rows if row.get(panel.by, "") == key and row.get(only) == value]
-            axes.plot([row[panel.x] for row in line], [row[panel.y] for row in line], label=name,
+        here = [row for row in rows if row.get(panel.where[0]) == panel.where[1]]
+        found = list(dict.fromkeys(row.get(panel.by, "") for row in here))
+        if not found:
+            axes.set_axis_off()
+            continue
+        known = {key: name for key, name in panel.lines.items() if key in found}
+        for style, key in zip(STYLES, known or found, strict=False):                      # four lines at most
+            line = [row for row in here if row.get(panel.by, "") == key]
+            axes.plot([row[panel.x] for row in line], [row[panel.y] for row in line], label=known.get(key, key),
                       markevery=max(len(line) // 12, 1), markersize=7, **style)
         if panel.guide is not None:
             axes.axhline(panel.guide, color="black", linewidth=1)
