@@ -681,6 +681,9 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
     figure.savefig(path, dpi=80 if len(panels) == 1 else 72)
 
 
+KINDS = {int: "a whole number", float: "a number"}
+
+
 def number(kind, low, high):
     """An argparse type: a number in [low, high]."""
     def parse(text):
@@ -689,13 +692,13 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {KINDS[kind]} from {low} to {high}")
         return value
     return parse
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="python bandit.py [EXPERIMENT] [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
@@ -728,9 +731,9 @@ def main():
                 draw(result.curves or result.rows, panels, opt.out / f"{name}.png")
             claims += result.claims
     except BadFile as error:
-        parser.error(str(error))
+        parser.exit(2, f"bandit.py: error: {error}\n")
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
+        parser.exit(2, f"bandit.py: error: {error.filename}: {error.strerror}\n")
     print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
     for claim, holds, found in claims:
         print(f"  {'holds' if holds else 'DOES NOT':<9} {claim:<74} {found}")
