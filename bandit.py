@@ -698,7 +698,8 @@ def number(kind, low, high):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="python bandit.py [EXPERIMENT] [flags]",
+    parser = argparse.ArgumentParser(description=__doc__, usage="python bandit.py [EXPERIMENT] [flags]",
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
