@@ -14,6 +14,7 @@ ranking models -> links g -> dispersion index -> objective.  Pure functions on t
 
     python mallowspo.py             the weight and the loss over a grid of dispersions
 """
+import itertools
 import math
 from typing import NamedTuple
 
@@ -56,6 +57,83 @@ def pair_probability(gap: Tensor, lam: Tensor) -> Tensor:
     log-likelihood of this model, with the policy's log-ratio in the place of the gap.
     """
     return torch.sigmoid(kendall_logit(gap, lam))
+
+
+def top_choice(n: int, lam: Tensor) -> Tensor:
+    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normalised.
+
+    It is also the law of the inversions that the n-th item of a repeated insertion makes.
+    """
+    return torch.softmax(-lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device), -1)
+
+
+def favourite_entropy(n: int, lam: Tensor) -> Tensor:
+    """Entropy (nats) of people's favourites; falls from log n at lam = 0 to 0, with slope -lam * Var(place)."""
+    return torch.special.entr(top_choice(n, lam)).sum(-1)
+
+
+def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
+
+    Equal to the derivatives of log Z (Fligner and Verducci 1986), without their cancellation near lam = 0.
+    """
+    mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
+    for i in range(2, n + 1):
+        chances, cost = top_choice(i, lam), torch.arange(i, dtype=lam.dtype, device=lam.device)
+        step = (chances * cost).sum(-1, keepdim=True)
+        mean, variance = mean + step[..., 0], variance + (chances * (cost - step) ** 2).sum(-1)
+    return mean, variance
+
+
+# Other distances have no closed form: the exact model lists every ranking (7 items: 5,040 of them).
+
+def kendall_distance(ranks: Tensor) -> Tensor:
+    """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
+    return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
+
+
+def spearman_distance(ranks: Tensor) -> Tensor:
+    """Sum over the items of the squared difference between their place and the centre's (Spearman's rho)."""
+    return (ranks - torch.arange(ranks.shape[-1])).square().sum(-1)
+
+
+def enumerate_rankings(n: int) -> Tensor:
+    """(n!, n) ranks of every ranking."""
+    return torch.tensor(list(itertools.permutations(range(n))))
+
+
+def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor:
+    """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
+    return torch.softmax(-lam[..., None] * distance(ranks), -1)
+
+
+def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
+    """(..., n, n) share of the rankings (count, n), weighted by (..., count), that place item i above item j."""
+    above = ranks[:, :, None] < ranks[:, None, :]                                         # (count, n, n)
+    return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
+
+
+def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
+    """Where in [0, high] a decreasing function takes these values, by bisection; else the nearer end."""
+    low, high = torch.zeros_like(value), torch.full_like(value, high)
+    for _ in range(64):
+        middle = (low + high) / 2
+        above = decreasing(middle) > value
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
+
+
+def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) that weight (..., count) people gave.
+
+    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood of
+    an exponential family is highest where the expected distance is the mean one.
+    """
+    weight = weight / weight.sum(-1, keepdim=True)
+    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
+    placed = ranks.T[centre].transpose(-1, -2)                                            # (..., count, n)
+    distance = (weight * kendall_distance(placed)).sum(-1)
+    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -170,6 +248,35 @@ def count_clamped(entropy: Tensor) -> int:
     return int(((entropy < low) | (entropy > high)).sum())
 
 
+# Where the answers can be counted, lam itself can be had, not only an index that rises and falls with it.
+
+def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
+    """lam at which people's favourites among n answers have this entropy (nats)."""
+    return invert(lambda lam: favourite_entropy(n, lam), entropy)
+
+
+def lam_of_choices(counts: Tensor) -> Tensor:
+    """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
+
+    One pseudo-count, 1/n an answer: else a few draws that happen to agree have entropy 0, and lam is infinite.
+    """
+    n = counts.shape[-1]
+    share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
+    return lam_of_entropy(torch.special.entr(share).sum(-1), n)
+
+
+def disagreement(n: int, lam: Tensor) -> Tensor:
+    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
+    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
+    agree = pair_probability(gap, lam[..., None])                                         # (..., n - 1)
+    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
+
+
+def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
+    """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
+    return invert(lambda lam: disagreement(n, lam), rate)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 4. The objective: a table of methods, one function.
 
@@ -246,7 +353,8 @@ def main():
             h = gaps.clone().requires_grad_()
             loss = LINKS[name](h, torch.tensor(lam))
             slope, = torch.autograd.grad(loss.sum(), h)
-            cells = "".join(f"{value:7.3f} ({grad:+.2f})" for value, grad in zip(loss.tolist(), slope.tolist()))
+            cells = "".join(f"{value:7.3f} ({grad:+.2f})"
+                            for value, grad in zip(loss.tolist(), slope.tolist(), strict=True))
             print(f"{name:<13} {phi or '':<4} {lam if phi else '':<6.4} | {cells}" if phi else
                   f"{name:<13} {'':<4} {'':<6} | {cells}")
         print()

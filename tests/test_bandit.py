@@ -1,0 +1,339 @@
+"""The theory and the simulator: closed forms against enumeration, the link against 50 digits, and the simulator's
+claims with few seeds.  Margins are those measured; a test that fails says that a formula changed, not that luck did.
+"""
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mpmath
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bandit  # noqa: E402
+import mallowspo  # noqa: E402
+
+FIXTURE = Path(__file__).parent / "rankings.soi"
+DOTS = sorted((Path(os.environ.get("PREFLIB", "nowhere")) / "00024-dots").glob("*.soc"))
+APA = sorted((Path(os.environ.get("PREFLIB", "nowhere")) / "00028-apa").glob("*.soi"))
+needs_preflib = pytest.mark.skipif(not DOTS, reason="PREFLIB is not a folder with 00024-dots and 00028-apa")
+torch.set_num_threads(1)
+
+
+def run(*words):
+    """bandit.py in this process (importing torch anew takes seconds): exit status, stdout, stderr."""
+    out, err, argv, status = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ["bandit.py", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            bandit.main()
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def go(tmp_path_factory):
+    """Run one experiment of bandit.py and give back its JSON."""
+    out = tmp_path_factory.mktemp("bandit")
+
+    def go(name, *words):
+        status, _, err = run(name, *words, "--out", out)
+        assert status == 0, err
+        return json.loads((out / f"{name}.json").read_text())
+    return go
+
+
+def rows(record, value, **where):
+    found = bandit.pick(record["rows"], value, **where)
+    assert found, f"no row has {where}"
+    return found
+
+
+# --- theory -----------------------------------------------------------------------------------------------------
+
+def test_closed_forms_agree_with_enumeration(go):
+    for row in go("exact")["rows"]:
+        for name in ("log Z", "mean", "variance", "favourite", "pair"):
+            assert row[name] < 1e-12, (row["n"], name)
+
+
+def test_moments_at_uniform_and_near():
+    for lam in (0.0, 1e-9):
+        mean, variance = mallowspo.distance_moments(5, torch.tensor(lam, dtype=torch.float64))
+        assert mean == pytest.approx(5, abs=1e-7) and variance == pytest.approx(25 / 6, abs=1e-7)
+
+
+def test_sampler_follows_the_model():
+    lam, n = torch.tensor(0.5, dtype=torch.float64), 5
+    ranks = mallowspo.sample_rankings(50_000, n, lam.item(), torch.Generator().manual_seed(0))
+    seen = mallowspo.pair_rates(ranks, torch.ones(len(ranks), dtype=torch.float64))
+    i, j = bandit.pairs_of(n)
+    assert (seen - bandit.truth(n, lam))[i, j].abs().max() < 4 * (0.25 / 50_000) ** .5
+    centre, fitted = mallowspo.fit_rankings(ranks, torch.ones(len(ranks), dtype=torch.float64))
+    assert centre.tolist() == [0, 1, 2, 3, 4] and abs(fitted - lam) < 0.01
+
+
+def test_spearman_is_never_below_the_theta_link(go):
+    record = go("spearman")
+    assert min(rows(record, "smallest")) > -1e-12
+    assert max(rows(record, "side by side")) < 1e-12
+    assert .12 <= max(rows(record, "largest error", n=5)) <= .16
+
+
+def oracle(h, lam):
+    """g(h), log g(h) and its slope with 60 digits; for h < 0 as one fraction, else 1 - g would need thousands more."""
+    with mpmath.workdps(60):
+        lam, h = mpmath.mpf(lam), mpmath.mpf(h)
+        phi = mpmath.exp(-lam)
+
+        def below(a):                                      # g(-a) = 1 - [(a+1) / (1-phi^(a+1)) - a / (1-phi^a)]
+            tail = phi ** a
+            return tail * (a * (1 - phi) - phi * (1 - tail)) / ((1 - tail) * (1 - phi * tail))
+        log_g = (lambda x: mpmath.log1p(-below(x))) if h > 0 else (lambda x: mpmath.log(below(-x)))
+        return float(mpmath.exp(log_g(h))), float(log_g(h)), float(mpmath.diff(log_g, h))
+
+
+@pytest.mark.parametrize("lam", [1e-6, 1e-4, 1e-3, .02, .3, 1., 3., 10., 30.])
+def test_link_in_float32_against_60_digits(lam):
+    h = torch.tensor([1., 1.5, 2, 3.25, 7, 30, 100, 1000, 1e4], dtype=torch.float32)
+    h = torch.cat([h, -h]).requires_grad_()
+    lam = torch.tensor(lam, dtype=torch.float32)
+    loss = mallowspo.LINKS["mallows-phi"](h, lam)
+    slope, = torch.autograd.grad(loss.sum(), h)
+    for x, value, grad in zip(h.tolist(), loss.tolist(), slope.tolist(), strict=True):
+        g, log_g, d_log_g = oracle(x, lam.item())
+        for name, ours, right in (("log g", -value, log_g), ("gradient", -grad, d_log_g)):
+            assert ours == ours and abs(ours) != float("inf")
+            if abs(right) > 1e-37:                     # below, float32 itself has fewer digits
+                assert ours == pytest.approx(right, rel=1e-5), (name, x, lam)
+        if g > 1e-37:
+            ours = mallowspo.pair_probability(torch.tensor(x), lam).item()
+            assert ours == pytest.approx(g, rel=1e-5), ("g", x, lam)
+
+
+def test_link_is_finite_everywhere_in_float32():
+    h = torch.cat([torch.zeros(1), torch.logspace(-8, 4, 97)])
+    h = torch.cat([-h, h])[:, None].requires_grad_()
+    lam = torch.cat([torch.zeros(1), torch.logspace(-6, 1.477, 60)])
+    loss = mallowspo.LINKS["mallows-phi"](h, lam)
+    slope, = torch.autograd.grad(loss.sum(), h)
+    assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
+
+
+def test_bridge_moves_no_integer_gap_and_only_rises():
+    lam = torch.tensor([.01, .5, 3.], dtype=torch.float64)
+    g = mallowspo.pair_probability(torch.linspace(-3, 3, 1201, dtype=torch.float64)[:, None], lam)
+    assert (g.diff(dim=0) > 0).all()
+    for gap in (1., 2., 5.):
+        ours = mallowspo.pair_probability(torch.tensor(gap, dtype=torch.float64), lam)
+        printed = bandit.as_printed(torch.tensor(gap, dtype=torch.float64), lam)
+        assert torch.allclose(ours, printed, rtol=1e-10)
+
+
+def test_estimators_invert_what_they_should():
+    lam = torch.tensor([.01, .1, .7, 3., 4.6], dtype=torch.float64)
+    for n in (2, 5, 10, 100):
+        assert (mallowspo.lam_of_entropy(mallowspo.favourite_entropy(n, lam), n) - lam).abs().max() < 1e-8
+        assert (mallowspo.lam_of_disagreement(mallowspo.disagreement(n, lam), n) - lam).abs().max() < 1e-8
+    ranks = mallowspo.enumerate_rankings(5)
+    centre, fitted = mallowspo.fit_rankings(ranks, mallowspo.exact_model(ranks, lam))
+    assert (fitted - lam).abs().max() < 1e-8 and (centre == torch.arange(5)).all()
+    swapped = ranks[:, [1, 0, 2, 3, 4]]                    # now item 1 is the best of all, item 0 the second
+    assert mallowspo.fit_rankings(swapped, mallowspo.exact_model(ranks, lam[2]))[0].tolist() == [1, 0, 2, 3, 4]
+    two = mallowspo.pair_probability(torch.arange(1., 3), torch.tensor(.7))
+    right = (2 * 2 * two[0] * (1 - two[0]) + 2 * two[1] * (1 - two[1])) / 3
+    assert mallowspo.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
+
+
+# --- engine -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("link", ["sigmoid", "mallows-theta", "mallows-phi", "square"])
+def test_engine_finds_what_gradient_descent_finds(link):
+    """The fit is stationary and no other start does better: Adam steps from elsewhere end at the same place."""
+    lam = bandit.to_lam([.2, .6, .9])
+    wins = bandit.draw_pairs(bandit.np.random.default_rng(1), bandit.truth(4, lam), 200)
+    found = bandit.fit(link, wins, lam)
+    u = torch.tensor([.3, -.2, .1, 0], dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([u], lr=.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 1500)
+    i, j = torch.arange(4)[:, None], torch.arange(4)
+    share = wins / wins.sum()
+    for _ in range(1500):
+        adam.zero_grad()
+        (share * mallowspo.LINKS[link](u[i] - u[j], lam[:, None, None])).sum().backward()
+        adam.step()
+        schedule.step()
+    assert (u.detach() - u.detach().mean() - found).abs().max() < 1e-3
+
+
+def test_growth_is_what_gradient_descent_does(go):
+    """Gradient flow, integrated in one go, against plain gradient descent in small steps."""
+    record = go("growth", "--phis", ".05", ".9")
+    for phi in (.05, .9):
+        for method, link in bandit.METHODS.items():
+            u = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            for _ in range(1000):
+                slope, = torch.autograd.grad(mallowspo.LINKS[link](u[0] - u[1], bandit.to_lam(phi)), u)
+                u = (u - .1 * slope).detach().requires_grad_()
+            margin = (u[0] - u[1]).item()
+            assert margin == pytest.approx(rows(record, "margin", phi=phi, method=method, time=100.)[0], rel=.02)
+    pace = {method: rows(record, "per e-fold", phi=.05, method=method, time=1e6)[0] for method in bandit.METHODS}
+    assert pace["mallows-theta"] == pytest.approx(1 / (2 * bandit.to_lam(.05).item()), rel=.05)
+    assert pace["dpo"] > 2 * pace["mallows-phi"] and pace["ipo"] == 0
+    assert (rows(record, "per e-fold", phi=.9, method="mallows-phi", time=1e6)[0]
+            > 5 * rows(record, "per e-fold", phi=.9, method="dpo", time=1e6)[0])
+
+
+# --- claims -----------------------------------------------------------------------------------------------------
+
+def test_optimum(go):
+    slope = {method: rows(record := go("optimum"), "slope", method=method) for method in bandit.METHODS}
+    assert {.01, .98} <= set(rows(record, "phi"))
+    assert all(abs(s - 1) < 1e-3 for s in slope["mallows-phi"])
+    assert max(slope["dpo"]) / min(slope["dpo"]) > 50
+    assert max(slope["mallows-theta"]) / min(slope["mallows-theta"]) < 1.3
+    halved = go("optimum", "--n", 4, "--beta", 2, "--methods", "mallows-phi")
+    target = torch.softmax(-torch.arange(4) / 2, 0)[0].item()
+    assert all(best == pytest.approx(target, abs=1e-4) for best in rows(halved, "best"))
+
+
+def test_frontier(go):
+    record = go("frontier", "--seeds", 2)
+    place = {(row["judge"], row["method"]): row["place"] for row in record["rows"] if row["pairs"] == "infinite"}
+    assert place["consensus", "mallows-phi"] < place["consensus", "best possible"] + .005 < .68
+    assert place["consensus", "dpo"] > .9
+    assert place["annotator", "ipo"] < place["annotator", "best possible"] + .005 < 1.18
+    assert place["annotator", "mallows-phi"] > 1.25
+
+
+def test_samples(go):
+    record = go("samples", "--phis", .9, .95, "--seeds", 20)
+    for row in record["rows"]:
+        if row["N lam^2"] < .5:
+            assert row["ratio"] > 1, row
+        if row["N lam^2"] >= 30:
+            assert row["ratio"] < .5, row
+
+
+def test_shared(go):
+    record = go("shared", "--pairs", 256, "--seeds", 8)
+    excess = {row["index"]: row["excess"] for row in record["rows"]}
+    assert excess["dpo"] > 100
+    assert excess["phi, best index"] < 3
+    assert excess["phi, entropy proxy"] < 10
+    assert excess["phi, shuffled index"] > excess["dpo"]
+    assert abs(excess["phi, one index"] - excess["dpo"]) < 8
+
+
+def test_noise(go):
+    record = go("noise", "--seeds", 12)
+    mean = lambda r, form: sum(rows(record, "ratio", r=r, index=form)) / 3
+    assert max(rows(record, "ratio", r=.5)) < .4
+    assert mean(1.5, "as is") > 1
+    assert max(rows(record, "ratio", r=1.5, index="shrunk")) < .9
+
+
+def test_estimate(go):
+    record = go("estimate", "--seeds", 8)
+    claims = {text: holds for text, holds, _ in record["claims"]}
+    assert claims["the entropy proxy orders prompts by dispersion"] and claims["inverting the entropy gives lam"]
+    rmse = {row["estimator"]: row["rmse"] for row in record["rows"] if row["n"] == 5 and row["answers"] == 1024}
+    assert rmse["inverted, pseudo-count"] < .08 and rmse["entropy proxy (the paper)"] > .2
+
+
+@needs_preflib
+def test_people_dots(go):
+    record = go("people", "--rankings", *DOTS, "--seeds", 30, "--pairs", 256)
+    assert [item["phi"] for item in record["files"]] == pytest.approx([.771, .701, .585, .536], abs=.002)
+    assert all(item["centre"] == [1, 2, 3, 4] and item["items"] == 4 for item in record["files"])
+    minus = {row["index"]: row["minus DPO"] for row in record["rows"]}
+    assert minus["phi, inverted entropy"] < -3
+    assert minus["phi, shuffled index"] > 2
+    assert .97 < rows(record, "slope", index="phi, best index")[0] < 1.07
+
+
+@needs_preflib
+def test_people_elections(go):
+    record = go("people", "--rankings", *APA[:2], "--seeds", 2, "--pairs", 64)
+    assert [item["voters"] for item in record["files"]] == [10978, 10623]
+    assert [item["voters in file"] for item in record["files"]] == [18723, 17469]
+    assert [item["phi"] for item in record["files"]] == pytest.approx([.7943, .8381], abs=.002)
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+def test_people_on_the_fixture(go):
+    record = go("people", "--rankings", FIXTURE, FIXTURE, "--seeds", 3, "--pairs", 8)
+    item = record["files"][0]
+    assert (item["items"], item["voters"], item["voters in file"]) == (4, 20, 25)
+    assert item["centre"] == [2, 1, 3, 4] and 0 < item["phi"] < 1
+    ballots = bandit.read_rankings(str(FIXTURE))
+    assert ballots.ranks.tolist()[1] == [0, 1, 2, 3]        # the order 1,2,3 leaves out 4: it is the last
+    assert len(record["rows"]) == 8
+
+
+def test_without_rankings_it_says_where_to_get_some(tmp_path):
+    assert "PrefLib.org" in run("people", "--out", tmp_path)[1]
+
+
+HEAD = "# NUMBER ALTERNATIVES: 3\n"
+
+
+@pytest.mark.parametrize("text, line, word", [
+    (HEAD + "# NUMBER VOTERS: 9\n5: 1,2,3\n", 2, "9 voters"),
+    (HEAD + "# NUMBER UNIQUE ORDERS: 2\n5: 1,2,3\n", 2, "unique orders"),
+    (HEAD + "5: 1,2,3\n\n4: 1,2,2\n", 4, "item 2 is there twice"),
+    (HEAD + "5: 1,{2,3}\n", 2, "tie"),
+    (HEAD + "5: 1,2,4\n", 2, "unknown item 4"),
+    (HEAD + "5: 1,2,0\n", 2, "unknown item 0"),
+    (HEAD + "0: 1,2,3\n", 2, "COUNT"),
+    (HEAD + "-1: 1,2,3\n", 2, "COUNT"),
+    (HEAD + "five: 1,2,3\n", 2, "COUNT"),
+    (HEAD + "5: 1,2\n", 2, "2 items of 3"),
+    (HEAD + "5: 1,2,3\n5: 1,2,3\n", 3, "before"),
+    (HEAD, 1, "without an order"),
+    ("", 1, "without an order"),
+    ("5: 1,2,3\n", 1, "NUMBER ALTERNATIVES"),
+    ("# NUMBER ALTERNATIVES: three\n", 1, "whole number"),
+    (b"\x89PNG\r\n\x1a\n\0\xff", 1, "not a text file"),
+])
+def test_bad_rankings_get_file_and_line(tmp_path, text, line, word):
+    path = tmp_path / "bad.soc"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(bandit.BadFile, match=rf"bad\.soc:{line}: .*{word}"):
+        bandit.read_rankings(str(path))
+
+
+@pytest.mark.parametrize("words, word", [
+    (["optimum", "--phis", "0"], "--phis"), (["optimum", "--phis", "1.2"], "--phis"), (["optimum", "--n", "1"], "--n"),
+    (["shared", "--seeds", "0"], "--seeds"), (["shared", "--pairs", "0"], "--pairs"), (["nonsense"], "nonsense"),
+    (["optimum", "--beta", "nan"], "--beta"), (["optimum", "--method", "dpo"], "--method"),
+    (["optimum", "--rankings", "x"], "--rankings"), (["people", "--rankings", "not/there.soc"], "not/there.soc"),
+    (["exact", "--out", __file__], "test_bandit.py"), (["people", "--rankings", str(FIXTURE.parent)], "tests"),
+])
+def test_silly_arguments_get_one_line(words, word, tmp_path):
+    status, _, err = run(*words, *([] if "--out" in words else ["--out", tmp_path]))
+    assert status == 2 and word in err.splitlines()[-1]
+
+
+def test_it_runs_as_a_script(tmp_path):
+    (tmp_path / "bad.soc").write_text("5: 1,2,3\n")
+    words = ["people", "--rankings", tmp_path / "bad.soc", "--out", tmp_path]
+    done = subprocess.run([sys.executable, "bandit.py", *words],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "bad.soc:1: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_same_seed_same_numbers(go, tmp_path):
+    words = ["--seeds", 2, "--pairs", 32]
+    first = go("shared", *words)["rows"]
+    assert first == go("shared", *words)["rows"] != go("shared", *words, "--seed", 1)["rows"]
