@@ -383,11 +383,15 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             break
         began = time.perf_counter()
         means = gradient(policy, scaler, cfg.method, part, step, world)
+        if step == 0 and cfg.method.alpha:
+            world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
+                      f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
         if not math.isfinite(norm) and not scaler.is_enabled():
+            pairs = ", ".join(part.pairs[i].where for i in part.schedule.batch(step)[:8])
             raise RunFailed(f"step {step}: the gradient is not finite ({norm}), though the loss is; nothing was saved; "
-                            "lower --lr")
+                            f"lower --lr, or look at the step's pairs: {pairs}, ...")
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, part.steps)
         scaler.step(optimizer)
         scaler.update()
@@ -400,7 +404,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
                "memory_gib": peak_memory(world), "seconds": now - start}
         metrics(row)
         if step % cfg.log_every == 0 or step + 1 == part.steps:
-            world.say(progress(row, part.steps))
+            world.say(progress(row, part.steps, cfg.method.link is not None))
 
 
 def gradient(policy, scaler, method: Method, part: Part, step: int, world: World) -> dict[str, float]:
@@ -429,6 +433,14 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
     return means
 
 
+def loss_at_start(method: Method, part: Part) -> float:
+    """The first step's loss if the policy's scores are the reference's: ln 2 for the logistic links."""
+    batch = part.schedule.batch(0)
+    length = torch.tensor([[len(part.pairs[i].chosen), len(part.pairs[i].rejected)] for i in batch])
+    ref = part.ref_logp[batch].cpu()
+    return mallowspo.objective(method, ref, ref, length, part.weight[batch].cpu()).loss.mean().item()
+
+
 def learning_rate(cfg: Config, step: int, steps: int) -> float:
     """Linear rise over the share `warmup` of the steps, then the decay."""
     rise = math.ceil(cfg.warmup * steps)
@@ -445,11 +457,12 @@ def peak_memory(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def progress(row: dict, steps: int) -> str:
+def progress(row: dict, steps: int, preferences: bool) -> str:
     left = int(row["seconds"] / (row["step"] + 1) * (steps - row["step"] - 1))
-    return (f"step {row['step']:>5}/{steps}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  "
-            f"margin {row['margin']:+.4f}  lr {row['lr']:.1e}  {row['pairs_per_second']:.1f} pairs/s  "
-            f"{row['tokens_per_second']:,.0f} tok/s  {row['memory_gib']:.1f} GiB  left {left // 60}:{left % 60:02}")
+    shown = f"accuracy {row['accuracy']:.3f}  margin {row['margin']:+.4f}  " if preferences else ""
+    return (f"step {row['step']:>5}/{steps}  loss {row['loss']:.4f}  {shown}lr {row['lr']:.1e}  "
+            f"{row['pairs_per_second']:.1f} pairs/s  {row['tokens_per_second']:,.0f} tok/s  "
+            f"{row['memory_gib']:.1f} GiB  left {left // 60}:{left % 60:02}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from data import MATCHED_KL, MEASURES, at_kl  # noqa: E402
 def reports(out: Path, seeds: int) -> list[dict]:
     for seed in range(seeds):
         if not (out / str(seed) / "report.json").exists():
-            subprocess.run([sys.executable, ROOT / "train.py", "--seed", str(seed), "--out", out / str(seed)], check=True)
+            flags = ["--seed", str(seed), "--out", out / str(seed)]
+            subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
     return [json.loads((out / str(seed) / "report.json").read_text()) for seed in range(seeds)]
 
 
@@ -33,7 +34,7 @@ def mean_se(values) -> str:
 
 def table(found: list[dict]) -> None:
     correlation = [r["dispersion_rank_correlation"] for r in found]
-    print(f"{len(found)} seeds; rank correlation of index and true phi {min(correlation):.3f} to {max(correlation):.3f}")
+    print(f"{len(found)} seeds; rank correlation of index and phi {min(correlation):.3f} to {max(correlation):.3f}")
     for kl in MATCHED_KL:
         print(f"\nat KL {kl} nats      " + "".join(f"{key.replace('_', ' '):>22}" for key in MEASURES))
         at = {name: [at_kl(r["methods"][name], kl) for r in found] for name in found[0]["methods"]}

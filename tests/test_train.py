@@ -42,6 +42,7 @@ def test_first_step_is_the_reference(trained):
     assert first["step"] == 0 and first["accuracy"] == 0.5 and first["margin"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert "loss 0.6931  accuracy 0.500" in trained[1]
+    assert "first loss is 0.693147; of a policy that equals its reference it is 0.693147" in trained[1]
 
 
 def test_records(trained, pairs):
@@ -210,7 +211,8 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
     (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
-    (["--dispersion", "votes"], "invalid choice: 'votes'"), (["--config", "nowhere.json"], "--config nowhere.json: No such file"),
+    (["--dispersion", "votes"], "invalid choice: 'votes'"),
+    (["--config", "nowhere.json"], "--config nowhere.json: No such file"),
 ])
 def test_bad_flags_are_refused(run, make_model, pairs, tmp_path, flags, words):
     done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "out", *flags, cwd=tmp_path)
