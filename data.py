@@ -432,7 +432,7 @@ class Population:
         return {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
 
 
-MATCHED_KL = (0.1, 0.3)          # nats: where the methods have moved equally far from the reference, they are compared
+MATCHED_KL = (0.1, 0.2)          # nats: where the methods have moved equally far from the reference, they are compared
 MEASURES = {"win_rate": (+1, 0.002), "consensus_rank": (-1, 0.01), "reward_accuracy": (+1, 0.002)}   # (good, the same)
 
 

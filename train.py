@@ -613,11 +613,11 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 # ---------------------------------------------------------------------------------------------------------------
 # 7. The demo: a population whose dispersion is known
 
-DEMO = {"lr": 1e-3, "steps": 240, "log_every": 60, "max_tokens": 64, "tokens_per_row": 1024, "samples": 3,
+DEMO = {"lr": 1.2e-3, "steps": 300, "log_every": 100, "max_tokens": 64, "tokens_per_row": 1024, "samples": 3,
         "sample_tokens": 8}
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-              "tie_word_embeddings": True, "hidden_act": "silu"}
+              "tie_word_embeddings": False, "hidden_act": "silu"}
 
 
 def demo(cfg: Config, chosen: bool, world: World) -> None:
@@ -633,7 +633,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         torch.manual_seed(cfg.seed)
         Transformer.from_config(settings, files).save_pretrained(folder / "untrained")
         write_jsonl(folder / "favourites.jsonl", population.favourites(9600, cfg.seed))
-        write_jsonl(folder / "pairs.jsonl", population.judgements(4800, cfg.seed + 1))
+        write_jsonl(folder / "pairs.jsonl", population.judgements(19200, cfg.seed + 1))
         (folder / "reference.safetensors").unlink(missing_ok=True)
     world.barrier()
     world.say("--- the reference: a small model learns what the members of the population answer")
@@ -647,7 +647,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         path = []
         job = dataclasses.replace(cfg, model=start.out, data=str(folder / "pairs.jsonl"), loss=loss,
                                   out=str(out / loss), reference=str(folder / "reference.safetensors"))
-        every = max(1, (cfg.steps or 240) // 40)
+        every = max(1, cfg.steps // 50)
 
         def watch(step, model, path=path, every=every):
             if step % every == 0 and world.rank == 0:
@@ -660,10 +660,13 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
 
 @torch.inference_mode()
 def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer, world: World) -> Tensor:
-    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has."""
+    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has.
+
+    An answer is its word: how surely the model stops after it is no opinion of the population.
+    """
     logp = []
     for q, answers in enumerate(population.answers):
-        sides = [np.array(tokenizer.response(" " + answer)) for answer in answers]
+        sides = [np.array(tokenizer.response(" " + answer)[:-1]) for answer in answers]
         groups = [(np.array(tokenizer.prompt(population.prompt(name, q))), *sides) for name in NEW_NAMES]
         row = collate(groups, world.device)
         with world.autocast():
