@@ -281,7 +281,8 @@ def score_reference(model: Transformer, path: Path, rows: list[list[Pair]], worl
             logp, entropy = model(*packed.inputs(), entropy=True)
         ends = packed.length.sum(1).cumsum(0).tolist()[:-1]
         parts = (np.split(values.cpu().numpy(), ends) for values in (logp, entropy))
-        fresh.update((pair.digest(), Scores(*both)) for pair, *both in zip(row, *parts))
+        for pair, *both in zip(row, *parts):
+            fresh.setdefault(pair.digest(), Scores(*both))         # of a repeated pair, what the first step will meet
     if world.size > 1:
         everyone = [None] * world.size
         dist.all_gather_object(everyone, fresh)
