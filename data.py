@@ -56,6 +56,8 @@ def parse(item, need_rejected: bool = True) -> Record:
             raise BadData(f"{name!r} is {_kind(item[name])}, not a string")
         if name != "prompt" and not item[name]:
             raise BadData(f"{name!r} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in item[name]):
+            raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no character")
     if item["chosen"] == item.get("rejected"):
         raise BadData("'chosen' and 'rejected' are the same text: there is no preference to learn")
     phi = item.get("dispersion")
@@ -86,7 +88,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}:{number}", line.decode("utf-8")
+                    yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise BadData(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -112,22 +114,26 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.eos = self._find_eos(folder)
-        added = self.backend.encode("").ids             # what the tokenizer itself puts around any text
-        self.bos = added[:-1] if added[-1:] == [self.eos] else added
+        added, plain = self.backend.encode("a").ids, self._encode("a")
+        self.bos = next(added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain)
         # Some tokenizers put a space before every text; behind an anchor they do not.
         self.anchor = "" if self._decode(self._encode("a") + self._encode("b")) == "ab" else "\n"
 
     def _find_eos(self, folder: Path) -> int:
         def settings(name):
-            return json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+                return content if isinstance(content, dict) else {}
+            except ValueError as error:
+                raise BadData(f"{folder / name}: not JSON ({error})") from None
         token = settings("tokenizer_config.json").get("eos_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token is not None and self.backend.token_to_id(token) is not None:
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and self.backend.token_to_id(token) is not None:
             return self.backend.token_to_id(token)
         for name in ("generation_config.json", "config.json"):
             found = settings(name).get("eos_token_id")
             if found is not None:
-                return found[0] if isinstance(found, list) else found
+                return found[0] if isinstance(found, list) and found else found
         raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
 
     def _encode(self, text):
@@ -249,12 +255,14 @@ class Schedule:
     def __init__(self, costs: list[int], batch_size: int, seed: int, tokens_per_row: int):
         self.costs, self.batch_size, self.seed, self.tokens_per_row = costs, batch_size, seed, tokens_per_row
         self.steps_per_epoch = math.ceil(len(costs) / batch_size)
+        self._order = None, None                              # of the epoch asked for last
 
     def batch(self, step: int) -> list[int]:
         """Indices of the pairs of this step, over all ranks."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.costs))
-        return order[place * self.batch_size:(place + 1) * self.batch_size].tolist()
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.costs))
+        return self._order[1][place * self.batch_size:(place + 1) * self.batch_size].tolist()
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> list[list[int]]:
         """This rank's rows of the step; every rank has equally many, some may be empty."""

@@ -10,7 +10,7 @@ toss.  MallowsPO is DPO that knows this number.  With lam(x) = -log phi(x) >= 0,
 
 and a method is a row of settings of these three lines (the table LOSSES).  The file reads from simple to composed:
 ranking models -> links g -> dispersion index -> objective.  Pure functions on tensors: float32 in, float32 out
-(float64 in, float64 out; half precision is computed in float32); no files, no printing, no global state.
+(float64 in, float64 out); no files, no printing, no global state.
 
     python mallowspo.py             the weight and the loss over a grid of dispersions
 """
@@ -155,7 +155,7 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
     to rounding, in value and gradient for lam in [0, 30] and |h| up to 1e4.  At h = 0 the slope is 1.0 to 1.17 lam.
     """
     dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
-    h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype))
+    h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype).clamp(max=80.0))          # e^-80: certainty
     x = (h / BRIDGE).clamp(-1, 1)
     centre = h + (3 * x - x ** 3) / 4                        # t: h - 1/2 ... h + 1/2
     a = torch.where(centre < 0, -centre, centre) - 0.5       # the window is [a, a + 1], on the positive side

@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -73,6 +74,9 @@ def gpt2_config(c: dict) -> Config:
 
 
 def llama_config(c: dict) -> Config:
+    for key, value in {**c, **(c.get("rope_parameters") or {})}.items():
+        if key == "quantization_config" or (key == "partial_rotary_factor" and value != 1):
+            raise BadModel(f"config.json asks for {key}={value}, which this Llama does not have")
     heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
     rope = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {}),
             **(c.get("rope_parameters") or {})}               # transformers 5 writes the last, 4 wrote the others
@@ -304,7 +308,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, ids: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                  stop: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Iterator[int]:
-        """Yield sampled token ids until one is in `stop` (not yielded) or the positions end; temperature 0: greedy."""
+        """Yield sampled token ids until one is in `stop` (not yielded) or the positions end; temperature 0: greedy.
+
+        ids must hold a token at least.
+        """
         device = self.embed.weight.device
         caches, new = [Cache() for _ in self.blocks], ids            # the prompt, then a token at a time
         for length in range(len(ids), min(len(ids) + max_new_tokens, self.config.positions)):
@@ -389,7 +396,7 @@ class Transformer(nn.Module):
                     tensors[name] = origin.buffers[name]
                     continue
                 ours, transposed = origin.family.find(name, self.config.layers)
-                stacked = torch.cat([parameters[p].detach().cpu() for p in ours if p in parameters])
+                stacked = torch.cat([parameters[p].detach().cpu() for p in ours])
                 tensors[name] = (stacked.t() if transposed else stacked).to(dtype, copy=True).contiguous()
             save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
             (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
@@ -439,8 +446,13 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
         raise BadModel(f"{where}: model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
     try:
         config = FAMILIES[kind].config(settings)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        if config.rope is not None:
+            ROPE_SCALING[config.rope["rope_type"]](config.rope["rope_theta"] ** -torch.ones(1), config.rope)
+        float(config.eps + 0)
+    except KeyError as error:
         raise BadModel(f"{where}: a {kind} model needs {error} there") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise BadModel(f"{where}: a number of this {kind} model is none ({error})") from None
     for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
@@ -452,9 +464,12 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise BadModel(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadModel(f"{path}: not a JSON object")
+    return content
 
 
 def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
@@ -467,7 +482,10 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise BadModel(f"{index}: has no weight_map from tensors to files")
+        names = sorted(set(places.values()))
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         raise BadModel(f"{folder}: neither model.safetensors nor its index there" + (
@@ -476,6 +494,8 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise BadModel(f"{index}: names the file {name!r}, which is not in {folder}")
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json")
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
              if path.suffix in KEPT and path.is_file() and path.stat().st_size < 2 ** 27}
     origin = Origin(family, files, {}, {}, {})
@@ -500,27 +520,41 @@ def _tensors(folder, names, origin):
 
 # ---------------------------------------------------------------------------------------------------------------
 
+def number(kind, low, high):
+    """An argparse type: a number from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__                                   # what argparse says of text that is no number
+    return parse
+
+
 def main():
     parser = argparse.ArgumentParser(description="Continue a text.", allow_abbrev=False)
     parser.add_argument("folder", help="Hugging Face folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("-p", "--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=number(int, 1, 10 ** 6), default=100)
+    parser.add_argument("--temperature", type=number(float, 0, 100), default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=0.95)
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0)
     args = parser.parse_args()
     try:
         model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
         if "tokenizer.json" not in model.origin.files:
             raise BadModel(f"{args.folder}: no tokenizer.json there")
+        tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        prompt = tokenizer.encode(args.prompt).ids
+        if not 0 < len(prompt) < model.config.positions:
+            raise BadModel(f"--prompt has {len(prompt)} tokens, it must have 1 to {model.config.positions - 1}")
     except (BadModel, OSError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
     print(args.prompt, end="", flush=True)
     ids, shown = [], ""
-    for token in model.generate(tokenizer.encode(args.prompt).ids, args.max_new_tokens, args.temperature, args.top_p,
+    for token in model.generate(prompt, args.max_new_tokens, args.temperature, args.top_p,
                                 model.stop_tokens, torch.Generator().manual_seed(args.seed)):
         ids.append(token)
         text = tokenizer.decode(ids)

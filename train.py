@@ -109,16 +109,23 @@ class Config:
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
 
     def __post_init__(self):
-        positive = ["lr", "clip", "batch_size", "epochs", "steps", "max_tokens", "tokens_per_row", "eval_every",
-                    "log_every", "beta", "phi_star"]
-        for name in positive + ["eval_pairs", "samples", "sample_tokens", "sft", "seed"]:
-            value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf or (value == 0 and name not in positive)):
-                raise BadConfig(f"--{name.replace('_', '-')} is {value}, it must be above 0" + " or 0" * (
-                    name not in positive))
-        for name in ("warmup", "dispersion_power", "alpha", "max_dropped"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise BadConfig(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be from 0 to 1")
+        for names, fits, what in [
+                ("model data eval_data out reference", lambda v: v != "", "not be empty"),
+                ("lr batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star",
+                 lambda v: 0 < v < math.inf, "be a number above 0"), ("clip", lambda v: v > 0, "be above 0"),
+                ("eval_pairs samples sample_tokens sft", lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
+                ("warmup dispersion_power alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
+                ("margin", math.isfinite, "be a number"), ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32")]:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise BadConfig(f"--{name.replace('_', '-')} is {value!r}, it must {what}")
+        if self.eval_data and self.eval_pairs:
+            raise BadConfig("--eval-pairs is for runs without --eval-data; give one of them")
+        if self.method.link is None and self.method.dispersion != "constant":
+            raise BadConfig(f"--dispersion {self.method.dispersion} has no meaning for --loss {self.loss}")
+        if self.model is not None and Path(self.model).resolve() == Path(self.out).resolve():
+            raise BadConfig(f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
         if self.model is not None and self.data is None:
             raise BadConfig("--data is missing: a file of preference pairs")
         if self.model is None and self.data is not None:
@@ -134,6 +141,7 @@ class Config:
 def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
     """Flags -> Config, and which of them were given.  `--config FILE` goes in front: the flags win."""
     parser = argparse.ArgumentParser(prog="train.py", description=Config.__doc__, allow_abbrev=False,
+                                     usage="train.py [--model DIR --data FILE] [flags]    (--help lists them)",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="settings from a JSON file, such as OUT/run.json; other flags win")
     for f in dataclasses.fields(Config):
@@ -211,7 +219,7 @@ def join_world(cfg: Config) -> World:
     dtype = DTYPES[best if cfg.dtype == "auto" else cfg.dtype]
     if dtype == torch.float16 and not cuda:
         raise BadConfig("--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
         return World(dist.get_rank(), dist.get_world_size(), device, dtype)
     return World(0, 1, device, dtype)
@@ -228,7 +236,7 @@ class Scores(NamedTuple):
 
 def fingerprint(model: Transformer, world: World) -> str:
     """A hash of all weights and of how they are computed with."""
-    digest = hashlib.sha256(f"{world.device.type} {world.dtype}".encode())
+    digest = hashlib.sha256(f"{world.device.type} {world.dtype} {model.config}".encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().numpy().data)
@@ -244,7 +252,7 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
             made_by = (file.metadata() or {}).get("key")
             digests, lengths, logp, entropy = (file.get_tensor(n) for n in ("digest", "length", "logp", "entropy"))
     except SafetensorError as error:
-        raise BadConfig(f"{path}: not a whole file ({error}); remove it, and the pairs are scored again") from None
+        raise BadConfig(f"{path}: not a whole file of scores ({error}); give --reference another path") from None
     if made_by != key:
         raise BadConfig(f"{path}: scored by other weights or another --dtype; choose another --out, or remove it")
     ends = np.cumsum(lengths)[:-1]
@@ -268,7 +276,7 @@ def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
 def score_reference(model: Transformer, path: Path, rows: list[list[Pair]], world: World) -> dict[bytes, Scores]:
     """Score the pairs of this rank's rows that the file lacks; every rank gets all scores, rank 0 writes them.
 
-    The rows are those of training, so that the policy's first scores equal the reference's to the last bit.
+    The rows are those of training: what is scored here, the policy's first step scores alike to the last bit.
     """
     key, fresh, start = fingerprint(model, world), {}, time.perf_counter()
     known = read_reference(path, key)
@@ -279,6 +287,9 @@ def score_reference(model: Transformer, path: Path, rows: list[list[Pair]], worl
         packed = collate([pair[:3] for pair in row], world.device)
         with world.autocast():
             logp, entropy = model(*packed.inputs(), entropy=True)
+        if not torch.isfinite(logp).all():
+            raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
+                            + ", ".join(pair.where for pair in row[:8]))
         ends = packed.length.sum(1).cumsum(0).tolist()[:-1]
         parts = (np.split(values.cpu().numpy(), ends) for values in (logp, entropy))
         for pair, *both in zip(row, *parts):
@@ -320,20 +331,26 @@ class Part:
         return cls(pairs, schedule, steps or schedule.steps_per_epoch, zeros,
                    torch.full((len(pairs),), torch.nan), torch.ones(len(pairs), device=world.device))
 
+    def first_epoch(self) -> range:
+        """The steps that visit each pair that is ever visited."""
+        return range(min(self.steps, self.schedule.steps_per_epoch))
+
     def rows(self, world: World) -> list[list[Pair]]:
-        """This rank's rows, each pair that is ever visited in one of them."""
-        return [[self.pairs[i] for i in row] for s in range(min(self.steps, self.schedule.steps_per_epoch))
+        """This rank's rows of the first epoch."""
+        return [[self.pairs[i] for i in row] for s in self.first_epoch()
                 for row in self.schedule.rows(s, world.rank, world.size)]
+
+    def visited(self) -> list[int]:
+        return sorted(i for s in self.first_epoch() for i in self.schedule.batch(s))
 
     def attach(self, scores: dict[bytes, Scores], vocab_size: int) -> None:
         """Take over the reference's scores of the pairs that are visited."""
         logp = torch.zeros(len(self.pairs), 2, dtype=torch.float64)
         entropy = torch.full_like(logp, torch.nan)
-        for i, pair in enumerate(self.pairs):
-            score, n = scores.get(pair.digest()), len(pair.chosen)
-            if score is not None:
-                logp[i] = torch.tensor([half.sum(dtype=np.float64) for half in np.split(score.logp, [n])])
-                entropy[i] = torch.tensor([half.mean(dtype=np.float64) for half in np.split(score.entropy, [n])])
+        for i in self.visited():
+            score, n = scores[self.pairs[i].digest()], len(self.pairs[i].chosen)
+            logp[i] = torch.tensor([half.sum(dtype=np.float64) for half in np.split(score.logp, [n])])
+            entropy[i] = torch.tensor([half.mean(dtype=np.float64) for half in np.split(score.entropy, [n])])
         self.ref_logp = logp.to(self.ref_logp)                                            # (P, 2)
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
@@ -358,15 +375,16 @@ def evaluate(model: Transformer, method: Method, part: Part, world: World) -> di
         for row in filter(None, part.schedule.rows(step, world.rank, world.size)):
             total += sums(judge(model, method, part, row, world))
     means = (world.total(total) / len(part.pairs)).tolist()
-    return {f"eval_{name}": mean for name, mean in zip(Outcome._fields, means)}
+    return dict(zip(Outcome._fields, means))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 5. The loop
 
-def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, metrics, on_step=None) -> None:
-    """Run the steps of `part`; `metrics` takes a dict a step, `on_step(step, model)` is called before each and after
-    the last."""
+def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, metrics, evaluations,
+          on_step=None) -> None:
+    """Run the steps of `part`; `metrics` and `evaluations` take dicts, `on_step(step, model)` is called before each
+    step and after the last."""
     ddp = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
     policy = DistributedDataParallel(model, **ddp) if world.size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
@@ -377,14 +395,14 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             on_step(step, model)
         if held and (step % cfg.eval_every == 0 or step == part.steps):
             results = evaluate(model, cfg.method, held, world)
-            metrics({"step": step, **results})
-            world.say(f"step {step:>5}  held out: loss {results['eval_loss']:.4f}  "
-                      f"accuracy {results['eval_accuracy']:.3f}  margin {results['eval_margin']:+.4f}")
+            evaluations({"step": step, **results})
+            world.say(f"step {step:>5}  held out: loss {results['loss']:.4f}  accuracy {results['accuracy']:.3f}  "
+                      f"margin {results['margin']:+.4f}")
         if step == part.steps:
             break
         began = time.perf_counter()
         means = gradient(policy, scaler, cfg.method, part, step, world)
-        if step == 0 and cfg.method.alpha:
+        if step == 0 and cfg.method.link and cfg.method.alpha:
             world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
                       f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
@@ -392,7 +410,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
         if not math.isfinite(norm) and not scaler.is_enabled():
             pairs = ", ".join(part.pairs[i].where for i in part.schedule.batch(step)[:8])
             raise RunFailed(f"step {step}: the gradient is not finite ({norm}), though the loss is; nothing was saved; "
-                            f"lower --lr, or look at the step's pairs: {pairs}, ...")
+                            f"look at --lr, --beta, and the step's pairs: {pairs}, ...")
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, part.steps)
         scaler.step(optimizer)
         scaler.update()
@@ -473,9 +491,16 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     """Everything from a folder and a file to a trained folder."""
     out, method = Path(cfg.out), cfg.method
     torch.manual_seed(cfg.seed)
-    tokenizer, model = Tokenizer(cfg.model), Transformer.from_pretrained(cfg.model, world.device)
+    model, tokenizer = Transformer.from_pretrained(cfg.model, world.device), Tokenizer(cfg.model)
+    others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}
+    if others:
+        raise BadConfig(f"--out {out} holds weights of another model ({min(others)}); choose another folder")
+    if cfg.reference and Path(cfg.reference).is_dir():
+        raise BadConfig(f"--reference {cfg.reference}: a folder, it should be a file for the reference's scores")
     part, held = load_parts(cfg, model, tokenizer, world)
     make_folder(out, world)
+    if cfg.reference:
+        make_folder(Path(cfg.reference).parent, world)
     size = sum(p.numel() for p in model.parameters())
     world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {str(world.dtype)[6:]} on "
               f"{world.size} x {world.device.type}; a response ends with {tokenizer.text([tokenizer.eos])!r}")
@@ -493,13 +518,8 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     asked = (held or part).pairs[:cfg.samples]
     before = answer(cfg, model, tokenizer, asked, world)
 
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") if world.rank == 0 else contextlib.nullcontext() as file:
-        def metrics(row):
-            if file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-        train(cfg, model, part, held, world, metrics, on_step)
-
+    with log(out / "metrics.jsonl", world) as metrics, log(out / "evaluations.jsonl", world) as evaluations:
+        train(cfg, model, part, held, world, metrics, evaluations, on_step)
     after = answer(cfg, model, tokenizer, asked, world)
     if world.rank == 0:
         texts = [{"prompt": tokenizer.text(pair.prompt), "chosen": tokenizer.text(pair.chosen),
@@ -509,8 +529,21 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
         save_model(model, out)
         write_json(out / "run.json", {**record, "finished": True})
     world.barrier()                                                # nobody reads the folder before it is whole
-    world.say(f"saved       {out}: the model, run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl")
+    world.say(f"saved       {out}: the model, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl")
     return model
+
+
+@contextlib.contextmanager
+def log(path: Path, world: World):
+    """A function that appends a dict to a new file of JSON Lines, at once; on rank 0."""
+    if world.rank:
+        yield lambda row: None
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        def append(row):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+        yield append
 
 
 def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> tuple[Part, Part | None]:
@@ -531,6 +564,9 @@ def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wor
         return data.pairs
 
     pairs, held = load(cfg.data), load(cfg.eval_data) if cfg.eval_data else []
+    both = len({pair.digest() for pair in pairs} & {pair.digest() for pair in held})
+    if both:
+        world.say(f"            {both:,} of the held-out pairs are trained on too")
     if cfg.eval_pairs and not held:
         if cfg.eval_pairs >= len(pairs):
             raise BadConfig(f"--eval-pairs {cfg.eval_pairs} leaves none of the {len(pairs)} pairs to train on")
@@ -543,7 +579,7 @@ def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wor
 def weigh(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World) -> float | None:
     """The reference pass, and from it the weight of every prompt; returns phi_star."""
     method, parts = cfg.method, [part, held] if held else [part]
-    if method.alpha or method.dispersion == "entropy":
+    if method.link and (method.alpha or method.dispersion == "entropy"):
         path = Path(cfg.reference or Path(cfg.out) / "reference.safetensors")
         scores = score_reference(model, path, [row for each in parts for row in each.rows(world)], world)
         for each in parts:
@@ -553,7 +589,7 @@ def weigh(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
     if method.dispersion == "field":
         for each in parts:
             each.index = torch.tensor([pair.dispersion for pair in each.pairs])
-    seen = part.index[~part.index.isnan()]
+    seen = part.index[part.visited()]
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, cfg.dispersion_power)
     for each in parts:
         each.weight = mallowspo.dispersion_weight(each.index, phi_star, cfg.dispersion_power).to(world.device)
@@ -567,13 +603,18 @@ def weigh(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
 # --- the run's folder ---------------------------------------------------------------------------------------
 
 def make_folder(out: Path, world: World) -> None:
-    try:
-        if world.rank == 0:
+    problem = [None]
+    if world.rank == 0:
+        try:
             out.mkdir(parents=True, exist_ok=True)
             (out / ".writable").touch()
             (out / ".writable").unlink()
-    except OSError as error:
-        raise BadConfig(f"--out {out}: cannot be written ({error.strerror})") from None
+        except OSError as error:
+            problem = [f"{out}: cannot be written ({error.strerror})"]
+    if world.size > 1:
+        dist.broadcast_object_list(problem)                        # all stop, or none
+    if problem[0]:
+        raise BadConfig(problem[0])
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -586,10 +627,10 @@ def write_records(out: Path, cfg: Config, part: Part, record: dict, world: World
     """run.json, and what became of the dispersion of every pair that is visited: dispersion.jsonl."""
     if world.rank == 0:
         phi = torch.exp(-mallowspo.lam_of(cfg.method, part.weight)).tolist()
-        rows = zip(part.pairs, part.index.tolist(), part.weight.tolist(), phi)
+        entropy, weight = part.index.tolist(), part.weight.tolist()
         write_jsonl(out / "dispersion.jsonl", (
-            {"index": i, "entropy": entropy, "weight": weight, "phi": phi, "where": pair.where}
-            for i, (pair, entropy, weight, phi) in enumerate(rows) if not math.isnan(entropy)))
+            {"index": i, "entropy": entropy[i], "weight": weight[i], "phi": phi[i], "where": part.pairs[i].where}
+            for i in part.visited() if not math.isnan(entropy[i])))
         write_json(out / "run.json", record)
 
 
@@ -597,8 +638,10 @@ def save_model(model: Transformer, out: Path) -> None:
     """The Hugging Face folder.  An index keeps loaders that take every *.safetensors off reference.safetensors."""
     names = {name: file for name, (file, _) in model.origin.tensors.items()}
     size = sum(p.numel() for p in model.parameters())
-    index = {"metadata": {"total_parameters": size}, "weight_map": names}
-    model.origin.files.setdefault("model.safetensors.index.json", json.dumps(index, indent=2).encode())
+    files = model.origin.files
+    if json.loads(files.get("model.safetensors.index.json", b"{}")).get("weight_map") != names:
+        index = {"metadata": {"total_parameters": size}, "weight_map": names}
+        files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
     model.save_pretrained(out)
 
 
@@ -614,8 +657,8 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 # ---------------------------------------------------------------------------------------------------------------
 # 7. The demo: a population whose dispersion is known
 
-DEMO = {"lr": 1.2e-3, "steps": 300, "log_every": 100, "max_tokens": 64, "tokens_per_row": 1024, "samples": 3,
-        "sample_tokens": 8}
+DEMO = {"lr": 8e-4, "steps": 220, "batch_size": 128, "log_every": 100, "max_tokens": 64, "tokens_per_row": 1024,
+        "samples": 3, "sample_tokens": 8}
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -639,7 +682,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     world.barrier()
     world.say("--- the reference: a small model learns what the members of the population answer")
     start = Config(**{**DEMO, "model": str(folder / "untrained"), "data": str(folder / "favourites.jsonl"),
-                      "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "steps": 400, "log_every": 100,
+                      "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "steps": 400, "batch_size": 64,
                       "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
     fit(start, world)
     methods = {}
@@ -648,7 +691,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         path = []
         job = dataclasses.replace(cfg, model=start.out, data=str(folder / "pairs.jsonl"), loss=loss,
                                   out=str(out / loss), reference=str(folder / "reference.safetensors"))
-        every = max(1, cfg.steps // 50)
+        every = max(1, (cfg.steps or 50) // 50)
 
         def watch(step, model, path=path, every=every):
             if step % every == 0 and world.rank == 0:
@@ -686,7 +729,8 @@ def report(out: Path, population: Population, methods: dict) -> None:
     index = [[] for _ in population.phi]
     for line in (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines():
         row = json.loads(line)
-        index[row["index"] % len(index)].append(row["entropy"])    # the pairs ask the questions in turn
+        line = int(row["where"].rpartition(":")[2]) - 1            # the file asks the questions in turn
+        index[line % len(index)].append(row["entropy"])
     index = [float(np.mean(each)) for each in index]
     ranks = [np.argsort(np.argsort(values)) for values in (index, population.phi.tolist())]
     correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
@@ -701,7 +745,7 @@ def report(out: Path, population: Population, methods: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. The command line
+# 8. The command line
 
 def main(argv: list[str] | None = None) -> None:
     try:
@@ -713,7 +757,7 @@ def main(argv: list[str] | None = None) -> None:
             demo(cfg, "loss" in given, world)
     except (BadConfig, BadData, BadModel) as error:
         stop(2, error)
-    except RunFailed as error:
+    except (RunFailed, OSError, SafetensorError) as error:
         stop(1, error)
     except torch.OutOfMemoryError as error:
         stop(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({str(error).splitlines()[0]})")

@@ -19,7 +19,8 @@ GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
     ({**GOOD, "rejected": ["a"]}, "'rejected' is a list"), ({**GOOD, "chosen": ""}, "'chosen' is empty"),
     ({**GOOD, "rejected": ""}, "'rejected' is empty"), ({**GOOD, "rejected": " yes"}, "the same text"),
     ({"prompt": "a", "chosen": "b", "reject": "c"}, "has no 'rejected' (it has 'prompt', 'chosen', 'reject')"),
-    ({**GOOD, "dispersion": 0}, "'dispersion' is 0"), ({**GOOD, "dispersion": 1.5}, "'dispersion' is 1.5"),
+    ({**GOOD, "chosen": "\ud83d yes"}, "half of a surrogate pair"), ({**GOOD, "dispersion": 0}, "'dispersion' is 0"),
+    ({**GOOD, "dispersion": 1.5}, "'dispersion' is 1.5"),
     ({**GOOD, "dispersion": True}, "'dispersion' is True"), ({**GOOD, "dispersion": math.nan}, "'dispersion' is nan"),
     ({"chosen": "a", "rejected": "b"}, "not dialogues"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}, "differ before the last"),
@@ -61,6 +62,11 @@ def test_broken_files_name_the_line(tmp_path, tokenizer):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(BadData, match=str(path)):
             list(read_lines(path))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
+    assert [json.loads(line) for _, line in read_lines(tmp_path / "f.jsonl")] == [GOOD]
 
 
 def test_skip_bad_counts(tmp_path, tokenizer):
@@ -112,6 +118,10 @@ def test_start_and_end_tokens_stand_once(tmp_path, kind, bos):
 
 def test_end_token_given_as_object_or_id(tmp_path):
     assert special_tokenizer(tmp_path, "plain", {"content": "</s>"}).eos == 1
+    for broken in ("{", '{"eos_token": {}}', "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(broken)
+        with pytest.raises(BadData, match=r"not JSON|no end token"):
+            Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(BadData, match="no end token"):
         Tokenizer(tmp_path)

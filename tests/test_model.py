@@ -185,7 +185,9 @@ def test_refusals_name_what_was_found(make_model, tmp_path):
                                 ("c", {"num_hidden_layers": 1}, "model.layers.1"),
                                 ("d", {"num_hidden_layers": 3}, "blocks.2"), ("e", {"intermediate_size": 95}, "95"),
                                 ("f", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
-                                ("g", {"hidden_size": None}, "llama")]:
+                                ("g", {"hidden_size": None}, "llama"), ("i", {"rms_norm_eps": "x"}, "llama"),
+                                ("j", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+                                ("k", {"partial_rotary_factor": 0.5}, "partial_rotary_factor")]:
         with pytest.raises(BadModel, match=word):
             Transformer.from_pretrained(edited(folder, tmp_path / name, **changes))
     with pytest.raises(BadModel, match="no such folder"):
@@ -201,3 +203,18 @@ def test_refusals_name_what_was_found(make_model, tmp_path):
     (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
     with pytest.raises(BadModel, match="names the file"):
         Transformer.from_pretrained(broken)
+    for index in ({}, {"weight_map": []}, {"weight_map": {"a": 5}}, []):
+        (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(BadModel, match=r"weight_map|not a JSON object"):
+            Transformer.from_pretrained(broken)
+
+
+def test_the_command_line_continues_a_text_or_says_why_not(run, make_model):
+    done = run("model.py", make_model(), "-p", "Ada asks", "--max-new-tokens", 5)
+    assert done.returncode == 0 and done.stdout.startswith("Ada asks") and not done.stderr
+    for flags, words in [(["-p", ""], "0 tokens"), (["-p", "Ada " * 200], "tokens, it must have"),
+                         (["-p", "a", "--top-p", 0], "not from"), (["-p", "a", "--temperature", "nan"], "not from"),
+                         (["-p", "a", "--seed", 2 ** 64], "not from"), ([], "required"),
+                         (["-p", "a", "--max-new-tokens", "x"], "invalid int value")]:
+        done = run("model.py", make_model(), *flags)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -38,7 +38,7 @@ def trained(run, make_model, pairs, held_out, tmp_path_factory):
 
 
 def test_first_step_is_the_reference(trained):
-    first = rows_of(trained[0] / "metrics.jsonl")[1]
+    first = rows_of(trained[0] / "metrics.jsonl")[0]
     assert first["step"] == 0 and first["accuracy"] == 0.5 and first["margin"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert "loss 0.6931  accuracy 0.500" in trained[1]
@@ -48,12 +48,12 @@ def test_first_step_is_the_reference(trained):
 def test_records(trained, pairs):
     out, said = trained
     rows = rows_of(out / "metrics.jsonl")
-    steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
-    assert [r["step"] for r in steps] == [0, 1, 2] and [r["step"] for r in evaluations] == [0, 3]
-    assert set(steps[0]) >= {"step", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr",
+    evaluations = rows_of(out / "evaluations.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2] and [r["step"] for r in evaluations] == [0, 3]
+    assert set(rows[0]) >= {"step", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "lr",
                              "grad_norm", "pairs_per_second", "tokens_per_second"}
-    assert evaluations[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert evaluations[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluations[1]["loss"] < evaluations[0]["loss"]
     found = rows_of(out / "dispersion.jsonl")
     assert len(found) == 48 and sum(r["weight"] for r in found) / 48 == pytest.approx(1, abs=1e-5)
     for row in found:
@@ -101,9 +101,10 @@ def same_run(trained, other, exactly=False):
     start, theirs = (load_file(out / "model.safetensors") for out in (trained, other))
     for name in start:
         assert (start[name] - theirs[name]).abs().max() <= (0 if exactly else 1e-6), name
-    for one, two in zip(rows_of(trained / "metrics.jsonl"), rows_of(other / "metrics.jsonl")):
-        for key in set(one) - {"pairs_per_second", "tokens_per_second", "memory_gib", "seconds"}:
-            assert one[key] == pytest.approx(two[key], rel=2e-3 if key == "grad_norm" else 1e-4, abs=1e-5), key
+    for file in ("metrics.jsonl", "evaluations.jsonl"):
+        for one, two in zip(rows_of(trained / file), rows_of(other / file), strict=True):
+            for key in set(one) - {"pairs_per_second", "tokens_per_second", "memory_gib", "seconds"}:
+                assert one[key] == pytest.approx(two[key], rel=2e-3 if key == "grad_norm" else 1e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize("processes, row", [(1, 64), (2, 2048), (3, 50)])
@@ -136,11 +137,19 @@ def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
     same_run(trained[0], out, exactly=True)
     longer = run("train.py", "--config", out / "run.json", "--out", out, "--steps", 4, "--loss", "dpo")
     assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 3 adds
+    shorter = run("train.py", "--config", out / "run.json", "--out", out, "--loss", "mallows-theta", "--steps", 3)
+    assert shorter.returncode == 0, shorter.stderr
+    same_run(trained[0], out, exactly=True)
 
 
 def test_a_reference_of_other_weights_is_refused(trained, run, make_model, pairs, tmp_path):
     shutil.copy(trained[0] / "reference.safetensors", tmp_path)
     done = run("train.py", "--model", make_model("gpt2"), "--data", pairs, "--out", tmp_path, *QUICK)
+    refused(done, "reference.safetensors: scored by other weights")
+    shutil.copytree(make_model(), tmp_path / "other")
+    settings = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
+    done = run("train.py", "--model", tmp_path / "other", "--data", pairs, "--out", tmp_path, *QUICK)
     refused(done, "reference.safetensors: scored by other weights")
     (tmp_path / "reference.safetensors").write_bytes(b"broken")
     refused(run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path, *QUICK), "not a whole file")
@@ -151,7 +160,7 @@ def test_every_loss_trains(run, make_model, pairs, tmp_path, loss):
     done = run("train.py", "--model", make_model("gpt2"), "--data", pairs, "--out", tmp_path, "--loss", loss,
                "--eval-pairs", 10, "--epochs", 3, "--batch-size", 20, "--lr", 1e-3, "--samples", 0)
     assert done.returncode == 0, done.stderr
-    rows = [r for r in rows_of(tmp_path / "metrics.jsonl") if "loss" in r]
+    rows = rows_of(tmp_path / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] and len(rows) == 6
 
 
@@ -205,13 +214,17 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
 @pytest.mark.parametrize("flags, words", [
     (["--betta", "1"], "unrecognized arguments: --betta 1"), (["--batch", "1"], "unrecognized arguments: --batch"),
     (["--beta", "abc"], "invalid float value: 'abc'"), (["--steps", "1.5"], "invalid int value"),
-    (["--loss", "foo"], "invalid choice: 'foo'"), (["--beta", "-1"], "--beta is -1.0, it must be above 0"),
-    (["--lr", "nan"], "--lr is nan"), (["--batch-size", "0"], "--batch-size is 0"),
+    (["--loss", "foo"], "invalid choice: 'foo'"), (["--beta", "-1"], "--beta is -1.0, it must be a number above 0"),
+    (["--lr", "nan"], "--lr is nan"), (["--margin", "inf"], "--margin is inf"), (["--eta", "-1"], "--eta is -1.0"),
+    (["--model", ""], "--model is '', it must not be empty"), (["--eval-data", "x", "--eval-pairs", 3], "one of them"),
+    (["--batch-size", "0"], "--batch-size is 0"),
     (["--dispersion-power", "2"], "--dispersion-power is 2.0"), (["--max-tokens", "5000"], "made for 128 positions"),
     (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
     (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
-    (["--dispersion", "votes"], "invalid choice: 'votes'"),
+    (["--dispersion", "votes"], "invalid choice: 'votes'"), (["--seed", 2 ** 64], "below 2^32"),
+    (["--loss", "sft", "--dispersion", "entropy"], "has no meaning for --loss sft"),
+    (["--reference", "."], "a folder, it should be a file"),
     (["--config", "nowhere.json"], "--config nowhere.json: No such file"),
 ])
 def test_bad_flags_are_refused(run, make_model, pairs, tmp_path, flags, words):
@@ -241,6 +254,15 @@ def test_bad_folders_are_refused(run, make_model, pairs, tmp_path):
 
 def test_an_unwritable_output_is_refused(run, make_model, pairs, tmp_path):
     (tmp_path / "file").write_text("")
+    flags = ["train.py", "--model", make_model(), "--data", pairs, "--out"]
+    refused(run(*flags, make_model()), "is the folder of --model")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/model-00001-of-00002.safetensors").write_text("")
+    refused(run(*flags, tmp_path / "b"), "holds weights of another model (model-00001-of-00002.safetensors)")
+    done = run(*flags, tmp_path / "file/out", processes=2)
+    assert done.returncode == 1 and done.stderr.count("cannot be written") == 2          # torchrun's status
+    assert "train.py\", line" not in done.stderr
+    refused(run(*flags, tmp_path / "a", "--reference", tmp_path / "file/r.safetensors"), "cannot be written")
     done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "file/out")
     refused(done, "cannot be written")
 
@@ -256,7 +278,7 @@ def test_config_files(run, make_model, pairs, tmp_path):
         refused(run("train.py", "--config", tmp_path / "c.json"), words)
 
 
-def test_non_finite_loss_stops_and_names_the_pairs(run, make_model, pairs, tmp_path):
+def test_bad_numbers_stop_and_name_the_pairs(run, make_model, pairs, tmp_path):
     from safetensors.torch import save_file
     shutil.copytree(make_model("llama-grouped"), tmp_path / "model")
     tensors = load_file(tmp_path / "model/model.safetensors")
@@ -264,7 +286,11 @@ def test_non_finite_loss_stops_and_names_the_pairs(run, make_model, pairs, tmp_p
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     done = run("train.py", "--model", tmp_path / "model", "--data", pairs, "--out", tmp_path / "out", "--loss", "dpo",
                "--samples", 0)
-    refused(done, f"the loss is not finite; nothing was saved; the pairs: {pairs}:", status=1)
+    refused(done, f"the reference's scores are not finite; are the weights of --model sound? The pairs: {pairs}:", 1)
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "out", "--lr", 1e30,
+               "--batch-size", 16, "--samples", 0)
+    refused(done, " is not finite", status=1)                     # the loss or, before it, the gradient
+    assert "nothing was saved" in done.stderr and f"{pairs}:" in done.stderr
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
