@@ -27,8 +27,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,11 +40,14 @@ from data import (
     Pair,
     Population,
     Schedule,
+    Scores,
     Tokenizer,
     collate,
     compare_at,
     load_pairs,
+    read_reference,
     write_jsonl,
+    write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
 from model import BadModel, Transformer
@@ -228,12 +230,6 @@ def join_world(cfg: Config) -> World:
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The reference pass: the model before step 1 scores each pair once, into a file
 
-class Scores(NamedTuple):
-    """What the reference said of one pair: float32 arrays over the tokens of chosen, then rejected."""
-    logp: np.ndarray
-    entropy: np.ndarray
-
-
 def fingerprint(model: Transformer, world: World) -> str:
     """A hash of all weights and of how they are computed with."""
     digest = hashlib.sha256(f"{world.device.type} {world.dtype} {model.config}".encode())
@@ -241,35 +237,6 @@ def fingerprint(model: Transformer, world: World) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
-    """digest of a pair -> Scores; empty without the file.  Raises BadConfig if other weights made it."""
-    if not path.exists():
-        return {}
-    try:
-        with safe_open(path, "np") as file:
-            made_by = (file.metadata() or {}).get("key")
-            digests, lengths, logp, entropy = (file.get_tensor(n) for n in ("digest", "length", "logp", "entropy"))
-    except SafetensorError as error:
-        raise BadConfig(f"{path}: not a whole file of scores ({error}); give --reference another path") from None
-    if made_by != key:
-        raise BadConfig(f"{path}: scored by other weights or another --dtype; choose another --out, or remove it")
-    ends = np.cumsum(lengths)[:-1]
-    return {bytes(digest): Scores(*parts)
-            for digest, *parts in zip(digests, np.split(logp, ends), np.split(entropy, ends))}
-
-
-def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
-    tensors = {"digest": torch.tensor(np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16).copy()),
-               "length": torch.tensor([len(s.logp) for s in scores.values()], dtype=torch.int32),
-               "logp": torch.from_numpy(np.concatenate([s.logp for s in scores.values()])),
-               "entropy": torch.from_numpy(np.concatenate([s.entropy for s in scores.values()]))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    save_file(tensors, new, metadata={"key": key})
-    new.chmod(0o644)                                               # safetensors leaves it readable by its owner only
-    os.replace(new, path)
 
 
 @torch.inference_mode()
