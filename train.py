@@ -266,10 +266,10 @@ def score_reference(model: Transformer, path: Path, rows: list[list[Pair]], worl
         dist.all_gather_object(everyone, fresh)
         fresh = {digest: scores for part in everyone for digest, scores in part.items()}
     if fresh and world.rank == 0:
-        write_reference(path, key, known | fresh)
+        write_reference(path, key, fresh | known)
     if count:
         world.say(f"            {count / (time.perf_counter() - start):.1f} pairs/s")
-    return known | fresh
+    return fresh | known
 
 
 # ---------------------------------------------------------------------------------------------------------------
