@@ -306,7 +306,7 @@ def test_demo(run, tmp_path, flags, processes, methods):
     for path in report["methods"].values():
         assert {len(path[k]) for k in ("kl", "win_rate", "consensus_rank", "reward_accuracy")} == {49}
         assert abs(path["kl"][0]) < 1e-9 and path["win_rate"][0] == pytest.approx(0.5) and path["kl"][-1] > 0.1
-        assert path["win_rate"][-1] > 0.51 and path["consensus_rank"][-1] < path["consensus_rank"][0]
+        assert path["win_rate"][-1] > 0.52 and path["consensus_rank"][-1] < path["consensus_rank"][0]
         assert path["elsewhere"][0] < 0.05                    # the reference answers with one of the six
     assert "at KL 0.1 nats" in done.stdout and "rank correlation of the dispersion index" in done.stdout
     assert ("mallows-phi is" in done.stdout) == (len(methods) == 3)
