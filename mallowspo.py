@@ -277,13 +277,25 @@ def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
     return invert(lambda lam: disagreement(n, lam), rate)
 
 
+def lam_of_votes(votes: Tensor) -> Tensor:
+    """(..., 2) people for the chosen and for the rejected response -> (...,) lam: its mean, given the votes.
+
+    The two count as neighbours in the ranking, so a person is for the chosen one with probability 1 / (1 + phi), and
+    before any vote phi may be anything from 0 to 1, evenly.  1 : 0 gives 1.19, 3 : 0 gives 1.59, 2 : 1 .77.
+    """
+    phi = (torch.arange(8192, dtype=torch.float64) + 0.5) / 8192
+    kinds, place = votes.double().cpu().reshape(-1, 2).unique(dim=0, return_inverse=True)
+    likelihood = kinds[:, 1:] * phi.log() - kinds.sum(-1, keepdim=True) * phi.log1p()     # (kinds, grid), log
+    return (likelihood.softmax(-1) @ -phi.log())[place].view(votes.shape[:-1]).to(votes.device)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 4. The objective: a table of methods, one function.
 
 class Method(NamedTuple):
     """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
     link: str | None              # a name of LINKS; None: no preference term
-    dispersion: str = "constant"  # where the weight comes from: constant (weight 1), entropy, field (of the record)
+    dispersion: str = "constant"  # where the weight comes from: constant (weight 1), entropy, the record's field or votes
     beta: float = 0.1             # pull to the reference
     alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
     eta: float = 0.0              # 1 divides the log-ratio by the response's length

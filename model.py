@@ -260,7 +260,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
-        x = self.embed(tokens)                                       # (B, T) -> (B, T, C)
+        x = self.embed(tokens).to(self.norm.weight.dtype)            # (B, T) -> (B, T, C)
         rope = None
         if self.position is not None:
             x = x + self.position(positions)                         # (B, T, C)
@@ -342,8 +342,9 @@ class Transformer(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Transformer":
-        """Read a Hugging Face folder (config.json and safetensors); the parameters become float32.
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32) -> "Transformer":
+        """Read a Hugging Face folder (config.json and safetensors); matrices become `dtype`, the rest float32.
 
         Raises BadModel, naming the file or tensor: unknown family, pickles, missing, left-over or misshapen tensors.
         """
@@ -363,7 +364,7 @@ class Transformer(nn.Module):
                 raise BadModel(f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for "
                                f"{(sum(sizes), *shapes[ours[0]][1:])}" + " (transposed)" * transposed)
             for p, part in zip(ours, tensor.split(sizes)):
-                have[p] = part.to(device, torch.float32).contiguous()
+                have[p] = part.to(device, dtype if part.dim() > 1 else torch.float32).contiguous()
         if config.tied and have.keys() & {"embed.weight", "head.weight"}:
             embed = have.setdefault("embed.weight", have.get("head.weight"))
             if not torch.equal(embed, have.setdefault("head.weight", embed)):
@@ -386,7 +387,7 @@ class Transformer(nn.Module):
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        parameters = dict(self.named_parameters(remove_duplicate=False))
+        parameters = merged_weights(self)
         for file in sorted({file for file, _ in origin.tensors.values()}):
             tensors = {}
             for name, (where, dtype) in origin.tensors.items():
@@ -396,7 +397,7 @@ class Transformer(nn.Module):
                     tensors[name] = origin.buffers[name]
                     continue
                 ours, transposed = origin.family.find(name, self.config.layers)
-                stacked = torch.cat([parameters[p].detach().cpu() for p in ours])
+                stacked = torch.cat([parameters[p].cpu() for p in ours])
                 tensors[name] = (stacked.t() if transposed else stacked).to(dtype, copy=True).contiguous()
             save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
             (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
@@ -426,7 +427,81 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. Reading a folder
+# 4. LoRA: train a small update beside frozen weights
+
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")      # the projections of a block
+
+
+class LowRank(nn.Linear):
+    """A frozen projection and a trained update of low rank:  W x + (alpha / rank) B A x  (arXiv 2106.09685).
+
+    B starts at 0, so that the model is at first the one that was loaded, to the last bit.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        a = torch.empty(rank, base.in_features).uniform_(-1, 1, generator=generator) / base.in_features ** 0.5
+        self.A = nn.Parameter(a.to(base.weight.device))                                   # (rank, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.A), self.B)    # (..., out)
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> None:
+    """Freeze the model and put an update of this rank beside each block's projections of these names."""
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            for name, base in [(n, m) for n, m in part.named_children() if n in targets]:
+                setattr(part, name, LowRank(base, rank, alpha, generator))
+
+
+@torch.no_grad()
+def merged_weights(model: Transformer) -> dict[str, Tensor]:
+    """Every parameter by its name, also tied ones twice; updates of low rank are added to their weights."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
+            weights[f"{name}.weight"] = module.weight.float() + module.scale * module.B @ module.A
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
+    """Write the updates as PEFT does: adapter_model.safetensors and adapter_config.json; `base` names the model.
+
+    Where a family stores several of our projections in one, its update has the sum of their ranks: A is stacked, and
+    each B has its own rows and columns.
+    """
+    folder, family, modules = Path(folder), model.origin.family, dict(model.named_modules())
+    tensors, ranks = {}, {}
+    for pattern, ours in family.names.items():
+        for i in range(model.config.layers):
+            parts = [modules[o.format(i)] for o in ours if "{}" in o and o.format(i) in modules]
+            updates = [part for part in parts if isinstance(part, LowRank)]
+            if updates:
+                name = f"base_model.model.{family.prefix}{pattern.format(i)}"
+                tensors[f"{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
+                tensors[f"{name}.lora_B.weight"] = torch.block_diag(*(
+                    part.B if part in updates else part.weight.new_zeros(part.out_features, 0) for part in parts))
+                ranks[pattern.partition("{}.")[2]] = sum(part.A.size(0) for part in updates)
+    update = next(module for module in modules.values() if isinstance(module, LowRank))
+    rank = update.A.size(0)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
+                "r": rank, "lora_alpha": update.scale * rank, "lora_dropout": 0.0, "target_modules": sorted(ranks),
+                "rank_pattern": {leaf: r for leaf, r in ranks.items() if r != rank},
+                "alpha_pattern": {leaf: update.scale * r for leaf, r in ranks.items() if r != rank},
+                "fan_in_fan_out": any(re.search(family.transposed, leaf) for leaf in ranks)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Reading a folder
 
 class Origin(NamedTuple):
     """What a folder held besides the numbers, so that saving can give it back."""

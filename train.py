@@ -50,7 +50,7 @@ from data import (
     write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
-from model import BadModel, Transformer
+from model import TARGETS, BadModel, Transformer, add_lora, save_adapter
 
 
 class BadConfig(ValueError):
@@ -76,13 +76,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Config:
     """Preference-train a language model (without --model: the demo)."""
     model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json")
-    data: str | None = flag(None, "preference pairs, JSON Lines, plain or .gz")
-    eval_data: str | None = flag(None, "held-out pairs")
-    eval_pairs: int = flag(0, "without --eval-data: hold out this many pairs of --data")
+    data: list[str] | None = flag(None, "preference pairs: files of JSON Lines (.jsonl, .gz), .json, or hf:// addresses")
+    eval_data: list[str] | None = flag(None, "held-out pairs")
+    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share of them")
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags up to --sft change it")
-    dispersion: Literal["constant", "entropy", "field"] | None = flag(None, "where the weight of a prompt comes from")
+    dispersion: Literal["constant", "entropy", "field", "votes"] | None = flag(None, "where a prompt's weight comes from")
     beta: float | None = flag(None, "pull to the reference")
     alpha: float | None = flag(None, "share of the reference in the reward")
     eta: float | None = flag(None, "1: log-ratios a token")
@@ -90,7 +90,11 @@ class Config:
     sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood")
     phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
     dispersion_power: float = flag(1.0, "1: the paper; less shrinks the index towards DPO, which is 0")
-    lr: float = flag(1e-6, "peak learning rate of AdamW")
+    lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
+    lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
+    lora_targets: list[Literal[TARGETS]] | None = flag(None, "projections that get an update (default: all)")
+    merge: bool = flag(False, "with --lora-rank: save the whole model too, the updates added to its weights")
+    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more")
     warmup: float = flag(0.1, "share of the steps in which the rate rises")
     decay: Literal[tuple(DECAYS)] = flag("cosine", "how the rate falls afterwards")
     clip: float = flag(1.0, "largest gradient norm")
@@ -108,20 +112,24 @@ class Config:
     sample_tokens: int = flag(64, "longest sample")
     seed: int = flag(0, "order of the data, and sampling")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
-    dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
+    dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
 
     def __post_init__(self):
         for names, fits, what in [
-                ("model data eval_data out reference", lambda v: v != "", "not be empty"),
-                ("lr batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star",
+                ("model data eval_data out reference", lambda v: "" not in (v if isinstance(v, list) else [v]), "not be empty"),
+                ("lr batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha",
                  lambda v: 0 < v < math.inf, "be a number above 0"), ("clip", lambda v: v > 0, "be above 0"),
-                ("eval_pairs samples sample_tokens sft", lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
+                ("eval_pairs samples sample_tokens sft lora_rank", lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
                 ("warmup dispersion_power alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
                 ("margin", math.isfinite, "be a number"), ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32")]:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     raise BadConfig(f"--{name.replace('_', '-')} is {value!r}, it must {what}")
+        if self.eval_pairs > 1 and self.eval_pairs % 1:
+            raise BadConfig(f"--eval-pairs is {self.eval_pairs}, it must be a share below 1 or a whole number")
+        if not self.lora_rank and (self.merge or self.lora_alpha or self.lora_targets):
+            raise BadConfig("--lora-alpha, --lora-targets and --merge are for --lora-rank, which is 0")
         if self.eval_data and self.eval_pairs:
             raise BadConfig("--eval-pairs is for runs without --eval-data; give one of them")
         if self.method.link is None and self.method.dispersion != "constant":
@@ -150,9 +158,12 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
         kind = typing.get_type_hints(Config)[f.name]
         options = [t for t in typing.get_args(kind) if t is not types.NoneType]
         kind = options[0] if typing.get_origin(kind) in (types.UnionType, typing.Union) else kind   # X | None -> X
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-            {"choices": typing.get_args(kind)} if typing.get_origin(kind) is Literal else {"type": kind}
+        text = f.metadata["help"] + ("" if f.default is None or f.default is False else f" (default: {f.default})")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {}
+        if typing.get_origin(kind) is list:
+            kind, how = typing.get_args(kind)[0], {"nargs": "+"}
+        if kind is not bool:
+            how |= {"choices": typing.get_args(kind)} if typing.get_origin(kind) is Literal else {"type": kind}
         parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
     first, _ = parser.parse_known_args(argv)
     try:
@@ -177,6 +188,8 @@ def config_flags(path: str) -> list[str]:
         dashed = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(dashed if value else "--no-" + dashed[2:])
+        elif isinstance(value, list):
+            flags += [dashed, *map(str, value)]
         elif value is not None:
             flags.append(f"{dashed}={value}")
     return flags
@@ -354,7 +367,8 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
     step and after the last."""
     ddp = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
     policy = DistributedDataParallel(model, **ddp) if world.size > 1 else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     start = time.perf_counter()
     for step in range(part.steps + 1):
@@ -373,7 +387,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
                       f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip).item()
         if not math.isfinite(norm) and not scaler.is_enabled():
             pairs = ", ".join(part.pairs[i].where for i in part.schedule.batch(step)[:8])
             raise RunFailed(f"step {step}: the gradient is not finite ({norm}), though the loss is; nothing was saved; "
@@ -458,7 +472,8 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     """Everything from a folder and a file to a trained folder."""
     out, method = Path(cfg.out), cfg.method
     torch.manual_seed(cfg.seed)
-    model, tokenizer = Transformer.from_pretrained(cfg.model, world.device), Tokenizer(cfg.model)
+    frozen = world.dtype if cfg.lora_rank and world.device.type == "cuda" else torch.float32
+    model, tokenizer = Transformer.from_pretrained(cfg.model, world.device, frozen), Tokenizer(cfg.model)
     others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}
     if others:
         raise BadConfig(f"--out {out} holds weights of another model ({min(others)}); choose another folder")
@@ -474,6 +489,11 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
     world.say(f"method      {cfg.loss}: {settings}")
     phi_star = weigh(cfg, model, part, held, world)
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        world.say(f"lora        rank {cfg.lora_rank} beside {' '.join(cfg.lora_targets or TARGETS)}: "
+                  f"{count / 1e6:,.2f}M parameters are trained")
     world.say(f"plan        {part.steps} steps of {min(cfg.batch_size, len(part.pairs))} pairs, "
               f"{part.steps / part.schedule.steps_per_epoch:.2f} epochs; rows of at most "
               f"{part.schedule.tokens_per_row} tokens")
@@ -493,10 +513,14 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
                   "rejected": tokenizer.text(pair.rejected), "before": b, "after": a}
                  for pair, b, a in zip(asked, before, after)]
         write_jsonl(out / "samples.jsonl", texts)
-        save_model(model, out)
+        if cfg.lora_rank:
+            save_adapter(model, out / "adapter", cfg.model)
+        if cfg.merge or not cfg.lora_rank:
+            save_model(model, out)
         write_json(out / "run.json", {**record, "finished": True})
     world.barrier()                                                # nobody reads the folder before it is whole
-    world.say(f"saved       {out}: the model, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl")
+    saved = "the model" if not cfg.lora_rank else "adapter/" + " and the model it makes" * cfg.merge
+    world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl")
     return model
 
 
@@ -513,6 +537,9 @@ def log(path: Path, world: World):
         yield append
 
 
+RECORD_HAS = {"field": "dispersion", "votes": "votes"}     # what --dispersion takes from each record
+
+
 def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> tuple[Part, Part | None]:
     """The training pairs and the held-out ones, planned."""
     limit = model.config.positions
@@ -521,24 +548,26 @@ def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wor
     if max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) >= model.config.vocab_size:
         raise BadConfig(f"{cfg.model}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
 
-    def load(path):
-        data: Dataset = load_pairs(path, tokenizer, cfg.max_tokens or min(1024, limit), cfg.max_dropped, cfg.skip_bad,
+    def load(paths):
+        data: Dataset = load_pairs(paths, tokenizer, cfg.max_tokens or min(1024, limit), cfg.max_dropped, cfg.skip_bad,
                                    need_rejected=cfg.method.link is not None)
-        world.say(f"data        {path}: {data}")
-        lacking = [pair.where for pair in data.pairs if pair.dispersion is None]
-        if cfg.method.dispersion == "field" and lacking:
-            raise BadData(f"{lacking[0]}: no 'dispersion', which --dispersion field needs in every record")
+        world.say(f"data        {' '.join(paths)}: {data}")
+        name = RECORD_HAS.get(cfg.method.dispersion)
+        lacking = [pair.where for pair in data.pairs if name and getattr(pair, name) is None]
+        if lacking:
+            raise BadData(f"{lacking[0]}: no {name!r}, which --dispersion {cfg.method.dispersion} needs in every record")
         return data.pairs
 
     pairs, held = load(cfg.data), load(cfg.eval_data) if cfg.eval_data else []
     both = len({pair.digest() for pair in pairs} & {pair.digest() for pair in held})
     if both:
         world.say(f"            {both:,} of the held-out pairs are trained on too")
-    if cfg.eval_pairs and not held:
-        if cfg.eval_pairs >= len(pairs):
+    if cfg.eval_pairs:
+        count = math.ceil(cfg.eval_pairs * len(pairs)) if cfg.eval_pairs < 1 else int(cfg.eval_pairs)
+        if count >= len(pairs):
             raise BadConfig(f"--eval-pairs {cfg.eval_pairs} leaves none of the {len(pairs)} pairs to train on")
         order = np.random.default_rng(cfg.seed).permutation(len(pairs))
-        held, pairs = ([pairs[i] for i in sorted(part)] for part in np.split(order, [cfg.eval_pairs]))
+        held, pairs = ([pairs[i] for i in sorted(part)] for part in np.split(order, [count]))
     part = Part.plan(pairs, cfg, world, cfg.steps or cfg.epochs * math.ceil(len(pairs) / cfg.batch_size))
     return part, Part.plan(held, cfg, world, None) if held else None
 
@@ -553,9 +582,12 @@ def weigh(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             each.attach(scores, model.config.vocab_size)
     if method.dispersion == "constant":
         return None
-    if method.dispersion == "field":
-        for each in parts:
+    for each in parts:
+        if method.dispersion == "field":
             each.index = torch.tensor([pair.dispersion for pair in each.pairs])
+        if method.dispersion == "votes":
+            votes = torch.tensor([pair.votes for pair in each.pairs])                     # (P, 2)
+            each.index = mallowspo.lam_of_votes(votes).neg().exp().float()
     seen = part.index[part.visited()]
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, cfg.dispersion_power)
     for each in parts:
@@ -648,7 +680,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         (folder / "reference.safetensors").unlink(missing_ok=True)
     world.barrier()
     world.say("--- the reference: a small model learns what the members of the population answer")
-    start = Config(**{**DEMO, "model": str(folder / "untrained"), "data": str(folder / "favourites.jsonl"),
+    start = Config(**{**DEMO, "model": str(folder / "untrained"), "data": [str(folder / "favourites.jsonl")],
                       "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "steps": 400, "batch_size": 64,
                       "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
     fit(start, world)
@@ -656,7 +688,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     for loss in [cfg.loss] if chosen else ["dpo", "mallows-theta", "mallows-phi"]:
         world.say(f"\n--- {loss}: the policy learns what the members prefer")
         path = []
-        job = dataclasses.replace(cfg, model=start.out, data=str(folder / "pairs.jsonl"), loss=loss,
+        job = dataclasses.replace(cfg, model=start.out, data=[str(folder / "pairs.jsonl")], loss=loss,
                                   out=str(out / loss), reference=str(folder / "reference.safetensors"))
         every = max(1, (cfg.steps or 50) // 50)
 
