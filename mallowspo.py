@@ -283,10 +283,10 @@ def lam_of_votes(votes: Tensor) -> Tensor:
     The two count as neighbours in the ranking, so a person is for the chosen one with probability 1 / (1 + phi), and
     before any vote phi may be anything from 0 to 1, evenly.  1 : 0 gives 1.19, 3 : 0 gives 1.59, 2 : 1 .77.
     """
-    phi = (torch.arange(8192, dtype=torch.float64) + 0.5) / 8192
+    lam = (torch.arange(8192, dtype=torch.float64) + 0.5) / 200                           # 0 to 41, by midpoints
     kinds, place = votes.double().cpu().reshape(-1, 2).unique(dim=0, return_inverse=True)
-    likelihood = kinds[:, 1:] * phi.log() - kinds.sum(-1, keepdim=True) * phi.log1p()     # (kinds, grid), log
-    return (likelihood.softmax(-1) @ -phi.log())[place].view(votes.shape[:-1]).to(votes.device)
+    density = kinds.sum(-1, keepdim=True) * F.logsigmoid(lam) - (kinds[:, 1:] + 1) * lam  # (kinds, grid), its log
+    return (density.softmax(-1) @ lam)[place].view(votes.shape[:-1]).to(votes.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def lam_of_votes(votes: Tensor) -> Tensor:
 class Method(NamedTuple):
     """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
     link: str | None              # a name of LINKS; None: no preference term
-    dispersion: str = "constant"  # where the weight comes from: constant (weight 1), entropy, the record's field or votes
+    dispersion: str = "constant"  # source of the weight: constant (1), entropy, the record's field or votes
     beta: float = 0.1             # pull to the reference
     alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
     eta: float = 0.0              # 1 divides the log-ratio by the response's length

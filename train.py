@@ -76,13 +76,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Config:
     """Preference-train a language model (without --model: the demo)."""
     model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json")
-    data: list[str] | None = flag(None, "preference pairs: files of JSON Lines (.jsonl, .gz), .json, or hf:// addresses")
-    eval_data: list[str] | None = flag(None, "held-out pairs")
-    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share of them")
+    data: tuple[str, ...] | None = flag(None, "preference pairs: files (.jsonl, .jsonl.gz, .json), hf://datasets/...")
+    eval_data: tuple[str, ...] | None = flag(None, "held-out pairs")
+    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags up to --sft change it")
-    dispersion: Literal["constant", "entropy", "field", "votes"] | None = flag(None, "where a prompt's weight comes from")
+    dispersion: Literal["constant", "entropy", "field", "votes"] | None = flag(None, "source of a prompt's weight")
     beta: float | None = flag(None, "pull to the reference")
     alpha: float | None = flag(None, "share of the reference in the reward")
     eta: float | None = flag(None, "1: log-ratios a token")
@@ -92,7 +92,7 @@ class Config:
     dispersion_power: float = flag(1.0, "1: the paper; less shrinks the index towards DPO, which is 0")
     lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
     lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
-    lora_targets: list[Literal[TARGETS]] | None = flag(None, "projections that get an update (default: all)")
+    lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
     merge: bool = flag(False, "with --lora-rank: save the whole model too, the updates added to its weights")
     lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more")
     warmup: float = flag(0.1, "share of the steps in which the rate rises")
@@ -116,10 +116,11 @@ class Config:
 
     def __post_init__(self):
         for names, fits, what in [
-                ("model data eval_data out reference", lambda v: "" not in (v if isinstance(v, list) else [v]), "not be empty"),
+                ("model out reference", lambda v: v != "", "not be empty"),
+                ("data eval_data", lambda v: "" not in v, "name files"),
                 ("lr batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha",
                  lambda v: 0 < v < math.inf, "be a number above 0"), ("clip", lambda v: v > 0, "be above 0"),
-                ("eval_pairs samples sample_tokens sft lora_rank", lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
+                ("eval_pairs samples sample_tokens sft lora_rank", lambda v: 0 <= v < math.inf, "be 0 or above"),
                 ("warmup dispersion_power alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
                 ("margin", math.isfinite, "be a number"), ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32")]:
             for name in names.split():
@@ -160,7 +161,7 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
         kind = options[0] if typing.get_origin(kind) in (types.UnionType, typing.Union) else kind   # X | None -> X
         text = f.metadata["help"] + ("" if f.default is None or f.default is False else f" (default: {f.default})")
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {}
-        if typing.get_origin(kind) is list:
+        if typing.get_origin(kind) is tuple:
             kind, how = typing.get_args(kind)[0], {"nargs": "+"}
         if kind is not bool:
             how |= {"choices": typing.get_args(kind)} if typing.get_origin(kind) is Literal else {"type": kind}
@@ -555,7 +556,7 @@ def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wor
         name = RECORD_HAS.get(cfg.method.dispersion)
         lacking = [pair.where for pair in data.pairs if name and getattr(pair, name) is None]
         if lacking:
-            raise BadData(f"{lacking[0]}: no {name!r}, which --dispersion {cfg.method.dispersion} needs in every record")
+            raise BadData(f"{lacking[0]}: no {name!r}; --dispersion {cfg.method.dispersion} needs it in every record")
         return data.pairs
 
     pairs, held = load(cfg.data), load(cfg.eval_data) if cfg.eval_data else []

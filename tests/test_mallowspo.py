@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mallowspo
-from mallowspo import LINKS, LOSSES, Method, objective
+from mallowspo import LINKS, LOSSES, Method, lam_of_votes, objective, pair_probability
 
 
 def enumerate_kendall(n, phi):
@@ -191,3 +191,34 @@ def test_phi_weight_of_one_has_dpos_slope_at_the_start():
 
 def test_table_has_no_unknown_link():
     assert all(isinstance(row, Method) and (row.link is None or row.link in LINKS) for row in LOSSES.values())
+
+
+@pytest.mark.parametrize("voters", [1, 3, 9])
+def test_lam_from_votes_is_right_on_average_for_every_outcome(voters):
+    """Simulated annotators: pairs of neighbours, phi drawn evenly; among the pairs with the same votes the mean of
+    the true lam is the estimate, and nothing cruder comes as close to the truth."""
+    generator = torch.Generator().manual_seed(voters)
+    lam = -torch.rand(200_000, generator=generator, dtype=torch.float64).log()
+    agree = pair_probability(torch.ones_like(lam), lam)
+    first = (torch.rand(len(lam), voters, generator=generator, dtype=torch.float64) < agree[:, None]).sum(-1)
+    estimate = lam_of_votes(torch.stack([first, voters - first], -1))
+    for count in range(voters + 1):
+        found = lam[first == count]
+        if len(found) > 100:
+            assert abs(found.mean() - estimate[first == count][0]) < 4 * found.std() / len(found) ** 0.5
+    share = (first + 1) / (voters + 2)                                                    # one vote more on each side
+    crude = (share / (1 - share)).log().clamp(min=0)
+    error = [((guess - lam) ** 2).mean() for guess in (estimate, crude, torch.ones_like(lam))]
+    assert error[0] < min(error[1:])
+
+
+def test_lam_from_votes_against_quadrature():
+    votes = torch.tensor([[[0, 0], [1, 0], [2, 1]], [[0, 3], [40, 2], [1000, 0]]])
+    with mpmath.workdps(30):
+        def mean(w, l):
+            density = [lambda p, k=k: (-mpmath.log(p)) ** k * p ** l / (1 + p) ** (w + l) for k in (0, 1)]
+            below, above = (mpmath.quad(f, [0, 0.001, 0.01, 0.1, 1]) for f in density)
+            return float(above / below)
+        exact = [[mean(*pair) for pair in row] for row in votes.tolist()]
+    assert torch.allclose(lam_of_votes(votes), torch.tensor(exact, dtype=torch.float64), rtol=1e-4)
+    assert lam_of_votes(votes)[0, 0] == pytest.approx(1, abs=1e-3), "without votes the mean of the prior"
