@@ -1,20 +1,22 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
-A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json and a table of its
-weight names.  Loading and saving read the same table, so what is saved has the names, shapes and dtypes of what was
-loaded.  Training goes through one call, `model(tokens, positions, segments, source, target)`: it gives the
-log-probability of the response tokens only, and never holds the logits of more than a chunk of them.
+A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json, a table of its
+weight names, and the settings that are not done here.  Loading and saving read the same table, so what is saved has the
+names, shapes and dtypes of what was loaded.  Training goes through one call, `model(tokens, positions, segments,
+source, target)`: it gives the log-probability of the response tokens only, and never holds the logits of more than a
+chunk of them.
 
     python model.py DIR -p "The capital of France is"          continue a text
 """
 import argparse
+import importlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,18 +56,20 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    rope: dict | None = None        # rotary positions; None: learned ones
+    rope: dict | None = None        # settings of rotary positions; None: learned ones
+    rotary: int = 0                 # leading coordinates of a head that turn with the position
+    qk_norm: bool = False           # RMSNorm of each head of q and k
+    parallel: bool = False          # the MLP reads what attention reads, not what it gives
+    window: int | None = None       # a token of the layers in `sliding` sees so many positions, its own among them
+    sliding: Container[int] = ()
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
-               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_fast": TANH, "gelu_pytorch_tanh": TANH,
+               "relu": F.relu, "silu": F.silu}
 
 
 def gpt2_config(c: dict) -> Config:
-    for key, want in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                      "add_cross_attention": False}.items():
-        if c.get(key, want) != want:
-            raise BadModel(f"config.json asks for {key}={c[key]}, which this GPT-2 does not have")
     return Config(vocab_size=c["vocab_size"], dim=c["n_embd"], layers=c["n_layer"], heads=c["n_head"],
                   kv_heads=c["n_head"], head_dim=c["n_embd"] // c["n_head"], positions=c["n_positions"],
                   hidden=c.get("n_inner") or 4 * c["n_embd"], activation=c.get("activation_function", "gelu_new"),
@@ -74,21 +78,37 @@ def gpt2_config(c: dict) -> Config:
 
 
 def llama_config(c: dict) -> Config:
-    for key, value in {**c, **(c.get("rope_parameters") or {})}.items():
-        if key == "quantization_config" or (key == "partial_rotary_factor" and value != 1):
-            raise BadModel(f"config.json asks for {key}={value}, which this Llama does not have")
     heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
-    rope = {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {}),
-            **(c.get("rope_parameters") or {})}               # transformers 5 writes the last, 4 wrote the others
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": c.get("max_position_embeddings"), **c}
+    rope["rope_type"] = c.get("rope_type") or c.get("type") or "default"
     if rope["rope_type"] not in ROPE_SCALING:
-        raise BadModel(f"config.json asks for RoPE scaling {rope['rope_type']!r}; known: {', '.join(ROPE_SCALING)}")
+        raise BadModel(f"asks for RoPE scaling {rope['rope_type']!r}; known: {', '.join(ROPE_SCALING)}")
+    window = c.get("sliding_window") if c.get("use_sliding_window") else None
     return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
-                  kv_heads=c.get("num_key_value_heads") or heads,
-                  head_dim=c.get("head_dim") or c["hidden_size"] // heads, hidden=c["intermediate_size"],
+                  kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim, hidden=c["intermediate_size"],
                   positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
                   eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), rms=True, gated=True,
-                  qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope)
+                  qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope,
+                  rotary=int(head_dim * c.get("partial_rotary_factor", 1)), window=window,
+                  sliding=sliding_layers(c, window))
+
+
+def sliding_layers(c: dict, window: int | None) -> Container[int]:
+    layers, kinds = c["num_hidden_layers"], c.get("layer_types")
+    if kinds is None:
+        return range(layers if window is None else c.get("max_window_layers", 28), layers)
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise BadModel(f"asks for layer_types={kinds}; known, for each of {layers} layers: full_attention and "
+                       "sliding_attention")
+    return [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+
+def neox_config(c: dict) -> Config:
+    rope = {"rope_theta": c.get("rotary_emb_base", 10000.0), "partial_rotary_factor": c.get("rotary_pct", 0.25)}
+    config = llama_config({"hidden_act": "gelu", "attention_bias": True, **rope, **c})
+    return replace(config, eps=c.get("layer_norm_eps", 1e-5), rms=False, gated=False, mlp_bias=True,
+                   parallel=c.get("use_parallel_residual", True))
 
 
 def llama3_frequencies(f: Tensor, rope: dict) -> Tensor:
@@ -112,6 +132,7 @@ class Family(NamedTuple):
     prefix: str = ""                    # may or may not stand before every name
     transposed: str = "(?!)"            # modules whose weight is stored (in, out)
     buffers: str = "(?!)"               # tensors that are no parameters: kept as they are
+    by_head: bool = False               # what is stacked takes turns: q, k, v of head 0, q, k, v of head 1, ...
 
     def find(self, name: str, layers: int) -> tuple[list[str], bool] | None:
         """Our parameters behind their tensor `name`, and whether it is stored transposed."""
@@ -125,9 +146,10 @@ class Family(NamedTuple):
 
     def all_names(self, config: Config) -> list[str]:
         """Their name of every weight of a model that is made, not loaded."""
-        names = [f"{self.prefix}{pattern.format(i)}.{leaf}" for pattern in self.names if pattern != "lm_head"
+        *body, head = self.names
+        names = [f"{self.prefix}{pattern.format(i)}.{leaf}" for pattern in body
                  for i in range(config.layers if "{}" in pattern else 1) for leaf in ("weight", "bias")]
-        return names if config.tied else [*names, "lm_head.weight"]
+        return names if config.tied else [*names, f"{head}.weight"]
 
 
 GPT2_NAMES = {
@@ -142,12 +164,25 @@ GPT2_NAMES = {
     "ln_f": ("norm",),
     "lm_head": ("head",),
 }
+NEOX_NAMES = {
+    "embed_in": ("embed",),
+    "layers.{}.input_layernorm": ("blocks.{}.norm1",),
+    "layers.{}.attention.query_key_value": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v"),
+    "layers.{}.attention.dense": ("blocks.{}.attn.out",),
+    "layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
+    "layers.{}.mlp.dense_h_to_4h": ("blocks.{}.mlp.up",),
+    "layers.{}.mlp.dense_4h_to_h": ("blocks.{}.mlp.down",),
+    "final_layer_norm": ("norm",),
+    "embed_out": ("head",),
+}
 LLAMA_NAMES = {
     "model.embed_tokens": ("embed",),
     "model.layers.{}.input_layernorm": ("blocks.{}.norm1",),
     "model.layers.{}.self_attn.q_proj": ("blocks.{}.attn.q",),
     "model.layers.{}.self_attn.k_proj": ("blocks.{}.attn.k",),
     "model.layers.{}.self_attn.v_proj": ("blocks.{}.attn.v",),
+    "model.layers.{}.self_attn.q_norm": ("blocks.{}.attn.q_norm",),
+    "model.layers.{}.self_attn.k_norm": ("blocks.{}.attn.k_norm",),
     "model.layers.{}.self_attn.o_proj": ("blocks.{}.attn.out",),
     "model.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
     "model.layers.{}.mlp.gate_proj": ("blocks.{}.mlp.gate",),
@@ -158,7 +193,25 @@ LLAMA_NAMES = {
 }
 FAMILIES = {                            # model_type of config.json
     "gpt2": Family(gpt2_config, GPT2_NAMES, "transformer.", r"\.c_(attn|proj|fc)$", r"\.attn\.(masked_)?bias$"),
+    "gpt_neox": Family(neox_config, NEOX_NAMES, "gpt_neox.", by_head=True,
+                       buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"),
     "llama": Family(llama_config, LLAMA_NAMES, buffers=r"\.rotary_emb\.inv_freq$"),
+    "mistral": Family(lambda c: llama_config({"sliding_window": 4096, **c, "use_sliding_window": True,
+                                              "max_window_layers": 0}), LLAMA_NAMES),
+    "qwen2": Family(lambda c: replace(llama_config({"sliding_window": 4096, **c}), qkv_bias=True, out_bias=False),
+                    LLAMA_NAMES),
+    "qwen3": Family(lambda c: replace(llama_config({"sliding_window": 4096, "head_dim": 128, **c}), qk_norm=True),
+                    LLAMA_NAMES),
+}
+ONLY = {                                # settings of config.json of which this one value is done here
+    "every": {"quantization_config": None, "num_experts": None, "num_local_experts": None, "is_encoder_decoder": False,
+              "attn_logit_softcapping": None, "final_logit_softcapping": None, "add_cross_attention": False,
+              "full_attention": None, "sliding_attention": None},    # (in rope_parameters: rotations by kind of layer)
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    "llama": {"partial_rotary_factor": 1, "sliding_window": None, "layer_types": None},
+    "mistral": {"partial_rotary_factor": 1, "layer_types": None, "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"partial_rotary_factor": 1, "mlp_bias": False},
+    "qwen3": {"partial_rotary_factor": 1, "mlp_bias": False},
 }
 
 
@@ -173,16 +226,27 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
-def attention_mask(segments: Tensor) -> Tensor:
-    """(B, T) segment ids -> (B, 1, T, T), True where attention is allowed.  Every token sees itself: no empty row."""
-    allowed = visible(segments[:, :, None], segments[:, None, :])
-    return allowed.tril()[:, None]
+def attention_mask(segments: Tensor, new: int | None = None) -> Tensor:
+    """(B, S) segment ids -> (B, 1, T, S), True where attention is allowed, for all tokens or only the `new` last ones.
+    Every token sees itself: no empty row."""
+    past = segments.size(1) - (new or segments.size(1))
+    allowed = visible(segments[:, past:, None], segments[:, None, :])
+    return allowed.tril(past)[:, None]
+
+
+def narrow(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
+    """A mask (None: all earlier tokens) without what lies `window` positions back, from (B, T) and (B, S) positions."""
+    if key.size(1) <= window:
+        return mask
+    back = (query[:, :, None] - key[:, None, :])[:, None]            # (B, 1, T, S)
+    return (back >= 0) & (back < window) if mask is None else mask & (back < window)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions; the halves of a head are the two coordinates (Hugging Face's layout)."""
-    a, b = x.chunk(2, dim=-1)                                        # (B, H, T, D/2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """Rotary positions; the halves of what turns are the two coordinates (Hugging Face's layout)."""
+    half = cos.size(-1)                                              # R/2
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)             # (B, H, T, R/2), the same, D - R
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 class Cache:
@@ -207,10 +271,12 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, rope, mask, cache):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
@@ -238,10 +304,11 @@ class Block(nn.Module):
         norm = nn.RMSNorm if c.rms else nn.LayerNorm
         self.norm1, self.attn = norm(c.dim, eps=c.eps), Attention(c)
         self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
+        self.parallel = c.parallel
 
     def forward(self, x, rope, mask, cache=None):
-        x = x + self.attn(self.norm1(x), rope, mask, cache)          # (B, T, C)
-        return x + self.mlp(self.norm2(x))                           # (B, T, C)
+        y = x + self.attn(self.norm1(x), rope, mask, cache)          # (B, T, C)
+        return y + self.mlp(self.norm2(x if self.parallel else y))   # (B, T, C)
 
 
 class Transformer(nn.Module):
@@ -260,21 +327,24 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
-        x = self.embed(tokens).to(self.norm.weight.dtype)            # (B, T) -> (B, T, C)
-        rope = None
+        """(B, T) tokens -> (B, T, C).  positions are (B, S), those of the cached tokens too; mask is (B, 1, T, S)."""
+        x = self.embed(tokens)                                       # (B, T) -> (B, T, C)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums of many layers are never in half precision
+        at, rope = positions[:, -tokens.size(1):], None              # (B, T)
         if self.position is not None:
-            x = x + self.position(positions)                         # (B, T, C)
+            x = x + self.position(at)                                # (B, T, C)
         else:
-            rope = self._rotations(positions)                        # cos and sin, (B, 1, T, D/2)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rope, mask, cache)                          # (B, T, C)
+            rope = self._rotations(at)                               # cos and sin, (B, 1, T, R/2)
+        near = narrow(mask, at, positions, self.config.window) if self.config.sliding else None
+        for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks))):
+            x = block(x, rope, near if i in self.config.sliding else mask, cache)              # (B, T, C)
         return self.norm(x)
 
     def _rotations(self, positions):
-        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        exponent = torch.arange(0, self.config.rotary, 2, device=positions.device) / self.config.rotary
         frequencies = ROPE_SCALING[self.config.rope["rope_type"]](
-            self.config.rope["rope_theta"] ** -exponent, self.config.rope)                  # (D/2)
-        angles = positions[:, None, :, None] * frequencies           # (B, 1, T, D/2)
+            self.config.rope["rope_theta"] ** -exponent, self.config.rope)                  # (R/2)
+        angles = positions[:, None, :, None] * frequencies           # (B, 1, T, R/2)
         return angles.cos(), angles.sin()
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -306,22 +376,45 @@ class Transformer(nn.Module):
         return logp, log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
 
     @torch.no_grad()
-    def generate(self, ids: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-                 stop: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Iterator[int]:
-        """Yield sampled token ids until one is in `stop` (not yielded) or the positions end; temperature 0: greedy.
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
+                 stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None
+                 ) -> Iterator[list[int | None]]:
+        """Yield a sampled token id for every prompt at a time; None for one that has met a token of `stop` (not
+        yielded) or whose positions end; temperature 0: greedy.
 
-        ids must hold a token at least.
+        Every prompt must hold a token at least.  Each draws from its own generator, so that what follows it does not
+        depend on the others.
         """
-        device = self.embed.weight.device
-        caches, new = [Cache() for _ in self.blocks], ids            # the prompt, then a token at a time
-        for length in range(len(ids), min(len(ids) + max_new_tokens, self.config.positions)):
-            positions = torch.arange(length - len(new), length, device=device)[None]
-            x = self.hidden(torch.tensor([new], device=device), positions, caches=caches)[0, -1]
-            token = sample(self.head(x).float().cpu(), temperature, top_p, generator)
-            if token in stop:
+        device, longest, last = self.embed.weight.device, max(map(len, prompts)), self.config.positions - 1
+        pad = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
+        new = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)     # (B, T)
+        caches, tokens = [Cache() for _ in self.blocks], [0] * len(prompts)
+        for step in range(max_new_tokens):                           # the prompts, then a token at a time
+            at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; padding on the left is below 0
+            ragged = longest > min(map(len, prompts))
+            mask = attention_mask((at < 0) * BRANCHES, new.size(1)) if ragged else None        # padding: another group
+            logits = self.head(self.hidden(new, at.clamp(0, last), mask, caches)[:, -1]).float().cpu()      # (B, V)
+            for i, ids in enumerate(prompts):
+                if tokens[i] is not None:
+                    token = sample(logits[i], temperature, top_p, generators and generators[i])
+                    tokens[i] = token if token not in stop and len(ids) + step <= last else None
+            if tokens == [None] * len(prompts):
                 return
-            yield token
-            new = [token]
+            yield tokens.copy()
+            new = torch.tensor([[token or 0] for token in tokens], device=device)
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """A parameter by its name, on the CPU: with its low-rank update, and put together if ranks share it out.
+
+        The ranks that share it must all ask.
+        """
+        def full(t):
+            return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
+        module, weight = self.get_submodule(name.rpartition(".")[0]), full(self.get_parameter(name))
+        if isinstance(module, LowRank) and name.endswith(".weight"):
+            weight = weight.float() + module.scale * full(module.B) @ full(module.A)
+        return weight
 
     # --- Hugging Face folders ------------------------------------------------------------------------------
 
@@ -343,28 +436,35 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> "Transformer":
+                        dtype: torch.dtype = torch.float32, shard: Callable | None = None) -> "Transformer":
         """Read a Hugging Face folder (config.json and safetensors); matrices become `dtype`, the rest float32.
 
+        shard(model) may share the parameters of the still empty model out over ranks (FSDP2's fully_shard).
         Raises BadModel, naming the file or tensor: unknown family, pickles, missing, left-over or misshapen tensors.
         """
         origin, config, tensors = read_folder(Path(folder))
         with torch.device("meta"):
             model = cls(config)
-        shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-        have = {}
+        if shard:
+            shard(model)
+        places, have = dict(model.named_parameters(remove_duplicate=False)), {}
+        shapes = {name: p.shape for name, p in places.items()}
         for name, tensor in tensors:
             ours, transposed = origin.family.find(name, config.layers) or ([], False)
             if not ours or ours[0] not in shapes:
                 raise BadModel(f"{folder}: tensor {name!r} {tuple(tensor.shape)} has no place in this model of "
                                f"{config.layers} layers; is config.json that of another one?")
             tensor = tensor.t() if transposed else tensor
+            if ours[0] in have:
+                raise BadModel(f"{folder}: two tensors for the place of {name!r}")
             sizes = [shapes[p][0] for p in ours]
             if tensor.shape != (sum(sizes), *shapes[ours[0]][1:]):
                 raise BadModel(f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for "
                                f"{(sum(sizes), *shapes[ours[0]][1:])}" + " (transposed)" * transposed)
+            if origin.family.by_head and len(ours) > 1:
+                tensor = take_turns(tensor, config.heads, len(ours))
             for p, part in zip(ours, tensor.split(sizes)):
-                have[p] = part.to(device, dtype if part.dim() > 1 else torch.float32).contiguous()
+                have[p] = put(part.to(device, dtype if part.dim() > 1 else torch.float32).contiguous(), places[p])
         if config.tied and have.keys() & {"embed.weight", "head.weight"}:
             embed = have.setdefault("embed.weight", have.get("head.weight"))
             if not torch.equal(embed, have.setdefault("head.weight", embed)):
@@ -387,7 +487,6 @@ class Transformer(nn.Module):
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        parameters = merged_weights(self)
         for file in sorted({file for file, _ in origin.tensors.values()}):
             tensors = {}
             for name, (where, dtype) in origin.tensors.items():
@@ -397,7 +496,9 @@ class Transformer(nn.Module):
                     tensors[name] = origin.buffers[name]
                     continue
                 ours, transposed = origin.family.find(name, self.config.layers)
-                stacked = torch.cat([parameters[p].cpu() for p in ours])
+                stacked = torch.cat([self.whole(p) for p in ours])
+                if origin.family.by_head and len(ours) > 1:
+                    stacked = take_turns(stacked, len(ours), self.config.heads)
                 tensors[name] = (stacked.t() if transposed else stacked).to(dtype, copy=True).contiguous()
             save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
             (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
@@ -410,11 +511,27 @@ class Transformer(nn.Module):
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The end-of-text ids that the folder's generation_config.json and config.json name."""
-        found = []
-        for name in ("generation_config.json", "config.json"):
-            ids = json.loads(self.origin.files.get(name, b"{}")).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids] if ids is not None else []
-        return tuple(dict.fromkeys(found))
+        return end_tokens(self.origin.files, self.config.vocab_size)
+
+    @property
+    def notes(self) -> list[str]:
+        """What config.json asks for and training goes without; whoever trains should say it."""
+        settings = json.loads(self.origin.files["config.json"])
+        found = [f"{key}={settings[key]}" for key in DROPOUTS if settings.get(key)]
+        return [f"config.json asks for {', '.join(found)}: there is no dropout here, it is 0"] if found else []
+
+
+def put(tensor: Tensor, place: Tensor) -> Tensor:
+    """The tensor, or this rank's share of it if `place` is shared out."""
+    if not hasattr(place, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor      # half a second, for those who need it
+    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+
+
+def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:
+    """Rows that lie as (outer, inner, D) -> as (inner, outer, D); with the sizes exchanged, back again."""
+    return stacked.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
@@ -459,16 +576,6 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ..
                 setattr(part, name, LowRank(base, rank, alpha, generator))
 
 
-@torch.no_grad()
-def merged_weights(model: Transformer) -> dict[str, Tensor]:
-    """Every parameter by its name, also tied ones twice; updates of low rank are added to their weights."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    for name, module in model.named_modules():
-        if isinstance(module, LowRank):
-            weights[f"{name}.weight"] = module.weight.float() + module.scale * module.B @ module.A
-    return {name: weight.detach() for name, weight in weights.items()}
-
-
 def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
     """Write the updates as PEFT does: adapter_model.safetensors and adapter_config.json; `base` names the model.
 
@@ -484,8 +591,10 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
             if updates:
                 name = f"base_model.model.{family.prefix}{pattern.format(i)}"
                 tensors[f"{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
-                tensors[f"{name}.lora_B.weight"] = torch.block_diag(*(
-                    part.B if part in updates else part.weight.new_zeros(part.out_features, 0) for part in parts))
+                b = torch.block_diag(*(part.B if part in updates else part.weight.new_zeros(part.out_features, 0)
+                                       for part in parts))
+                turns = family.by_head and len(parts) > 1
+                tensors[f"{name}.lora_B.weight"] = take_turns(b, len(parts), model.config.heads) if turns else b
                 ranks[pattern.partition("{}.")[2]] = sum(part.A.size(0) for part in updates)
     update = next(module for module in modules.values() if isinstance(module, LowRank))
     rank = update.A.size(0)
@@ -513,28 +622,48 @@ class Origin(NamedTuple):
 
 
 KEPT = (".json", ".jinja", ".model", ".txt")      # files beside the weights that belong to a model
+DROPOUTS = "attn_pdrop resid_pdrop embd_pdrop attention_dropout hidden_dropout".split()
 
 
 def read_config(settings: dict, where: str) -> tuple[Family, Config]:
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
-    if kind not in FAMILIES:
-        raise BadModel(f"{where}: model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
-    try:
-        config = FAMILIES[kind].config(settings)
+    """Raises BadModel that names the setting that is unknown, not done here, or no size."""
+    kind = settings.get("model_type")
+    try:                                                             # transformers 5 writes the last, 4 the other two
+        c = {**settings, **(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
+        for key, done in {**ONLY["every"], **ONLY.get(kind, {})}.items():
+            if c.get(key, done) != done and (c[key] or done):
+                raise BadModel(f"config asks for {key}={str(c[key])[:80]}, which is not done here for {kind} models")
+        if kind not in FAMILIES:
+            raise BadModel(f"model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
+        config = FAMILIES[kind].config(c)
         if config.rope is not None:
             ROPE_SCALING[config.rope["rope_type"]](config.rope["rope_theta"] ** -torch.ones(1), config.rope)
         float(config.eps + 0)
-    except KeyError as error:
-        raise BadModel(f"{where}: a {kind} model needs {error} there") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise BadModel(f"{where}: a number of this {kind} model is none ({error})") from None
-    for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise BadModel(f"{where}: a {kind} model needs a size above 0 for its {name}, found {value!r}")
-    if config.activation not in ACTIVATIONS:
-        raise BadModel(f"{where}: activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        for name in ["vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions",
+                     *["rotary"] * bool(config.rope), *["window"] * bool(config.sliding)]:
+            value = getattr(config, name)
+            if not isinstance(value, int) or value < 1:
+                raise BadModel(f"a {kind} model needs a size above 0 for its {name}, found {value!r}")
+        if config.heads % config.kv_heads or config.rotary % 2 or config.rotary > config.head_dim:
+            raise BadModel(f"{config.heads} heads with {config.kv_heads} for keys, {config.rotary} of {config.head_dim}"
+                           " coordinates rotary: keys must divide heads, and the rotary ones be pairs of the others")
+        if config.activation not in ACTIVATIONS:
+            raise BadModel(f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    except (BadModel, KeyError, TypeError, ZeroDivisionError) as error:
+        what = {BadModel: error, KeyError: f"a {kind} model needs {error} there"}
+        raise BadModel(f"{where}: {what.get(type(error), f'a number of this {kind} model is none ({error})')}") from None
     return FAMILIES[kind], config
+
+
+def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) -> tuple[int, ...]:
+    found = []
+    for name in ("generation_config.json", "config.json"):
+        ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
+        found += ids if isinstance(ids, list) else [ids] if ids is not None else []
+        for token in found:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise BadModel(f"{folder / name}: eos_token_id {token!r} is none of this model's {vocab_size:,} tokens")
+    return tuple(dict.fromkeys(found))
 
 
 def read_json(path: Path) -> dict:
@@ -573,6 +702,13 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
         read_json(folder / "generation_config.json")
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
              if path.suffix in KEPT and path.is_file() and path.stat().st_size < 2 ** 27}
+    end_tokens(files, config.vocab_size, folder)
+    bytes_there = sum((folder / name).stat().st_size for name in names)
+    weights = config.vocab_size + config.layers * 2 * (config.heads * config.head_dim + config.hidden)
+    weights = config.dim * (weights + (config.positions if config.rope is None else 0))
+    if weights > bytes_there:                                        # before a terabyte is asked of the machine
+        raise BadModel(f"{folder}: config.json asks for at least {weights:,} weights, the safetensors files have "
+                       f"{bytes_there:,} bytes; is it that of another model?")
     origin = Origin(family, files, {}, {}, {})
     return origin, config, _tensors(folder, names, origin)
 
@@ -606,37 +742,51 @@ def number(kind, low, high):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Continue a text.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Continue a text, or answer a message.", allow_abbrev=False)
     parser.add_argument("folder", help="Hugging Face folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("-p", "--prompt", required=True, help="the text to continue")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message; the chat template is around it")
     parser.add_argument("--max-new-tokens", type=number(int, 1, 10 ** 6), default=100)
     parser.add_argument("--temperature", type=number(float, 0, 100), default=0.7, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=0.95)
     parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0)
     args = parser.parse_args()
     try:
-        model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
-        if "tokenizer.json" not in model.origin.files:
-            raise BadModel(f"{args.folder}: no tokenizer.json there")
-        tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        prompt = tokenizer.encode(args.prompt).ids
-        if not 0 < len(prompt) < model.config.positions:
-            raise BadModel(f"--prompt has {len(prompt)} tokens, it must have 1 to {model.config.positions - 1}")
-    except (BadModel, OSError) as error:
+        talk(args)
+    except BrokenPipeError:                                          # whoever read has seen enough (`| head -1`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(args.prompt, end="", flush=True)
-    ids, shown = [], ""
-    for token in model.generate(prompt, args.max_new_tokens, args.temperature, args.top_p,
-                                model.stop_tokens, torch.Generator().manual_seed(args.seed)):
-        ids.append(token)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def talk(args):
+    model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer, stop = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode()), model.stop_tokens
+    except Exception as error:                                       # the library raises nothing narrower
+        raise BadModel(f"{args.folder}: no tokenizer.json that can be read ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    prompt = tokenizer.encode(args.prompt).ids
+    if args.chat:         # templates are data.py's business: the command line borrows it, the module imports none of ours
+        chat = importlib.import_module("data").Tokenizer(args.folder)
+        prompt, stop = chat.prompt([{"role": "user", "content": args.prompt}]), (chat.eos, *stop)
+    if not 0 < len(prompt) < model.config.positions or max(prompt) >= model.config.vocab_size:
+        raise BadModel(f"--prompt has {len(prompt)} tokens, the last of the vocabulary {max(prompt, default=0)}; it must "
+                       f"have 1 to {model.config.positions - 1}, all below {model.config.vocab_size}")
+    print("" if args.chat else args.prompt, end="", flush=True)
+    ids, shown = prompt, len(tokenizer.decode(prompt))               # all at once: what precedes decides on spaces
+    for [token] in model.generate([prompt], args.max_new_tokens, args.temperature, args.top_p, stop,
+                                  [torch.Generator().manual_seed(args.seed)]):
+        ids = [*ids, token]
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):           # a character may take several tokens
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print()
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -649,9 +649,13 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
     """A sampled response to each prompt; on rank 0 only, the others wait at the next exchange."""
     if world.rank:
         return []
-    generator, stop = torch.Generator().manual_seed(cfg.seed), (tokenizer.eos, *model.stop_tokens)
-    return [tokenizer.text(model.generate(pair.prompt.tolist(), cfg.sample_tokens, 0.7, 0.95, stop, generator))
-            for pair in pairs]
+    texts, stop = [], (tokenizer.eos, *model.stop_tokens)
+    for start in range(0, len(pairs), 16):                         # so many keep their keys and values in memory
+        prompts = [pair.prompt.tolist() for pair in pairs[start:start + 16]]
+        generators = [torch.Generator().manual_seed(cfg.seed + start + i) for i in range(len(prompts))]
+        steps = list(model.generate(prompts, cfg.sample_tokens, 0.7, 0.95, stop, generators))
+        texts += [tokenizer.text([step[i] for step in steps if step[i] is not None]) for i in range(len(prompts))]
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,17 +18,35 @@ from data import Population, write_jsonl  # noqa: E402
 LLAMA = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, tie_word_embeddings=False)
 GPT2 = dict(n_embd=48, n_layer=2, n_head=4, n_positions=128)
-ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-             original_max_position_embeddings=32)
+NEOX = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128)
+
+
+def rope(kind="default", **more):
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=5000.0, **more))
+
+
+ROPE3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 MODELS = {
     "gpt2": (transformers.GPT2Config, GPT2),
     "gpt2-untied": (transformers.GPT2Config, dict(GPT2, tie_word_embeddings=False, n_inner=60)),
+    "neox": (transformers.GPTNeoXConfig, dict(NEOX, **rope(partial_rotary_factor=0.5))),
+    "neox-sequential": (transformers.GPTNeoXConfig, dict(NEOX, use_parallel_residual=False, attention_bias=False,
+                                                         tie_word_embeddings=True, **rope(partial_rotary_factor=1.0))),
     "llama-grouped": (transformers.LlamaConfig, LLAMA),
     "llama-tied": (transformers.LlamaConfig, dict(LLAMA, tie_word_embeddings=True, head_dim=16)),
     "llama-biased": (transformers.LlamaConfig, dict(LLAMA, attention_bias=True, mlp_bias=True)),
-    "llama-rope3": (transformers.LlamaConfig, dict(LLAMA, rope_parameters=ROPE3)),
-    "llama-linear": (transformers.LlamaConfig, dict(
-        LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=5000.0, factor=4.0))),
+    "llama-rope3": (transformers.LlamaConfig, dict(LLAMA, **ROPE3)),
+    "llama-linear": (transformers.LlamaConfig, dict(LLAMA, **rope("linear", factor=4.0))),
+    "mistral": (transformers.MistralConfig, dict(LLAMA, sliding_window=None, head_dim=16)),
+    "mistral-window": (transformers.MistralConfig, dict(LLAMA, sliding_window=7, tie_word_embeddings=True)),
+    "qwen2": (transformers.Qwen2Config, LLAMA),
+    "qwen2-window": (transformers.Qwen2Config, dict(LLAMA, use_sliding_window=True, sliding_window=9,
+                                                    max_window_layers=1, tie_word_embeddings=True)),
+    "qwen3": (transformers.Qwen3Config, dict(LLAMA, head_dim=16, tie_word_embeddings=True)),
+    "qwen3-window": (transformers.Qwen3Config, dict(
+        LLAMA, head_dim=16, use_sliding_window=True, sliding_window=6, attention_bias=True,
+        layer_types=["sliding_attention", "full_attention"])),
 }
 
 
