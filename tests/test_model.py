@@ -400,7 +400,7 @@ def test_text_keeps_its_spaces_and_its_start(monkeypatch, capsys, tmp_path):
     tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), MetaspaceDecoder()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.add_special_tokens(["<s>"])
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     folder, made = tmp_path / "model", Transformer.from_config({
         "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 8, "max_position_embeddings": 16, "vocab_size": 4}, {})
@@ -411,4 +411,4 @@ def test_text_keeps_its_spaces_and_its_start(monkeypatch, capsys, tmp_path):
     words = {0: "", 1: "<unk>", 2: " Ada", 3: " asks"}              # special tokens are not shown
     assert command_line(monkeypatch, capsys, folder, *flags)[:2] == (
         0, "Ada" + "".join(words[token] for token in follow) + "\n")
-    assert set(follow) & {2, 3}
+    assert follow[0] in {2, 3}                                       # its space is there only behind another word
