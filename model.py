@@ -1,12 +1,12 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
-A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json, a table of its
-weight names, and the settings that are not done here.  Loading and saving read the same table, so what is saved has the
-names, shapes and dtypes of what was loaded.  Training goes through one call, `model(tokens, positions, segments,
-source, target)`: it gives the log-probability of the response tokens only, and never holds the logits of more than a
-chunk of them.
+A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json and a table of its
+weight names.  Loading and saving read the same table, so what is saved has the names, shapes and dtypes of what was
+loaded; what config.json asks for and is not done here is a row of ONLY.  Training goes through one call, `model(tokens,
+positions, segments, source, target)`: it gives the log-probability of the response tokens only, and never holds the
+logits of more than a chunk of them.
 
-    python model.py DIR -p "The capital of France is"          continue a text
+    python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
 import argparse
 import importlib
@@ -84,7 +84,7 @@ def llama_config(c: dict) -> Config:
     rope["rope_type"] = c.get("rope_type") or c.get("type") or "default"
     if rope["rope_type"] not in ROPE_SCALING:
         raise BadModel(f"asks for RoPE scaling {rope['rope_type']!r}; known: {', '.join(ROPE_SCALING)}")
-    window = c.get("sliding_window") if c.get("use_sliding_window") else None
+    window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
                   kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim, hidden=c["intermediate_size"],
                   positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
@@ -196,19 +196,16 @@ FAMILIES = {                            # model_type of config.json
     "gpt_neox": Family(neox_config, NEOX_NAMES, "gpt_neox.", by_head=True,
                        buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"),
     "llama": Family(llama_config, LLAMA_NAMES, buffers=r"\.rotary_emb\.inv_freq$"),
-    "mistral": Family(lambda c: llama_config({"sliding_window": 4096, **c, "use_sliding_window": True,
-                                              "max_window_layers": 0}), LLAMA_NAMES),
-    "qwen2": Family(lambda c: replace(llama_config({"sliding_window": 4096, **c}), qkv_bias=True, out_bias=False),
-                    LLAMA_NAMES),
-    "qwen3": Family(lambda c: replace(llama_config({"sliding_window": 4096, "head_dim": 128, **c}), qk_norm=True),
-                    LLAMA_NAMES),
+    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0}), LLAMA_NAMES),
+    "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False), LLAMA_NAMES),
+    "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True), LLAMA_NAMES),
 }
 ONLY = {                                # settings of config.json of which this one value is done here
     "every": {"quantization_config": None, "num_experts": None, "num_local_experts": None, "is_encoder_decoder": False,
               "attn_logit_softcapping": None, "final_logit_softcapping": None, "add_cross_attention": False,
               "full_attention": None, "sliding_attention": None},    # (in rope_parameters: rotations by kind of layer)
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-    "llama": {"partial_rotary_factor": 1, "sliding_window": None, "layer_types": None},
+    "llama": {"partial_rotary_factor": 1, "sliding_window": None, "use_sliding_window": False, "layer_types": None},
     "mistral": {"partial_rotary_factor": 1, "layer_types": None, "attention_bias": False, "mlp_bias": False},
     "qwen2": {"partial_rotary_factor": 1, "mlp_bias": False},
     "qwen3": {"partial_rotary_factor": 1, "mlp_bias": False},
@@ -230,8 +227,7 @@ def attention_mask(segments: Tensor, new: int | None = None) -> Tensor:
     """(B, S) segment ids -> (B, 1, T, S), True where attention is allowed, for all tokens or only the `new` last ones.
     Every token sees itself: no empty row."""
     past = segments.size(1) - (new or segments.size(1))
-    allowed = visible(segments[:, past:, None], segments[:, None, :])
-    return allowed.tril(past)[:, None]
+    return visible(segments[:, past:, None], segments[:, None, :]).tril(past)[:, None]
 
 
 def narrow(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
@@ -379,20 +375,16 @@ class Transformer(nn.Module):
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                  stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None
                  ) -> Iterator[list[int | None]]:
-        """Yield a sampled token id for every prompt at a time; None for one that has met a token of `stop` (not
-        yielded) or whose positions end; temperature 0: greedy.
-
-        Every prompt must hold a token at least.  Each draws from its own generator, so that what follows it does not
-        depend on the others.
-        """
+        """Yield a sampled token id for every prompt, again and again; None after a token of `stop` (not yielded) or the
+        last position; temperature 0: greedy.  A prompt must hold a token at least, and draws from its own generator:
+        what follows it does not depend on the others."""
         device, longest, last = self.embed.weight.device, max(map(len, prompts)), self.config.positions - 1
-        pad = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
+        pad = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)         # (B, 1)
         new = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)     # (B, T)
-        caches, tokens = [Cache() for _ in self.blocks], [0] * len(prompts)
+        caches, tokens, ragged = [Cache() for _ in self.blocks], [0] * len(prompts), longest > min(map(len, prompts))
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
-            at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; padding on the left is below 0
-            ragged = longest > min(map(len, prompts))
-            mask = attention_mask((at < 0) * BRANCHES, new.size(1)) if ragged else None        # padding: another group
+            at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
+            mask = attention_mask((at < 0) * BRANCHES, new.size(1)) if ragged else None        # and another group
             logits = self.head(self.hidden(new, at.clamp(0, last), mask, caches)[:, -1]).float().cpu()      # (B, V)
             for i, ids in enumerate(prompts):
                 if tokens[i] is not None:
@@ -432,6 +424,7 @@ class Transformer(nn.Module):
         names = [name for name in family.all_names(config) if family.find(name, config.layers)[0][0] in parameters]
         model.origin = Origin(family, {"config.json": json.dumps(settings, indent=2).encode(), **(files or {})},
                               {name: ("model.safetensors", torch.float32) for name in names}, {}, {})
+        model.stop_tokens = end_tokens(model.origin.files, config.vocab_size)
         return model
 
     @classmethod
@@ -447,16 +440,15 @@ class Transformer(nn.Module):
             model = cls(config)
         if shard:
             shard(model)
+        model.origin, model.stop_tokens = origin, end_tokens(origin.files, config.vocab_size, Path(folder))
         places, have = dict(model.named_parameters(remove_duplicate=False)), {}
         shapes = {name: p.shape for name, p in places.items()}
         for name, tensor in tensors:
             ours, transposed = origin.family.find(name, config.layers) or ([], False)
-            if not ours or ours[0] not in shapes:
+            if not ours or ours[0] not in shapes or ours[0] in have:
                 raise BadModel(f"{folder}: tensor {name!r} {tuple(tensor.shape)} has no place in this model of "
-                               f"{config.layers} layers; is config.json that of another one?")
+                               f"{config.layers} layers, or shares it; is config.json that of another one?")
             tensor = tensor.t() if transposed else tensor
-            if ours[0] in have:
-                raise BadModel(f"{folder}: two tensors for the place of {name!r}")
             sizes = [shapes[p][0] for p in ours]
             if tensor.shape != (sum(sizes), *shapes[ours[0]][1:]):
                 raise BadModel(f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for "
@@ -475,7 +467,6 @@ class Transformer(nn.Module):
         model.load_state_dict(have, assign=True)
         if config.tied:
             model.head.weight = model.embed.weight
-        model.origin = origin
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -509,16 +500,11 @@ class Transformer(nn.Module):
         staging.rmdir()
 
     @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """The end-of-text ids that the folder's generation_config.json and config.json name."""
-        return end_tokens(self.origin.files, self.config.vocab_size)
-
-    @property
     def notes(self) -> list[str]:
         """What config.json asks for and training goes without; whoever trains should say it."""
         settings = json.loads(self.origin.files["config.json"])
-        found = [f"{key}={settings[key]}" for key in DROPOUTS if settings.get(key)]
-        return [f"config.json asks for {', '.join(found)}: there is no dropout here, it is 0"] if found else []
+        return [f"config.json asks for {key}={settings[key]}: there is no dropout here, it is 0"
+                for key in DROPOUTS if settings.get(key)]
 
 
 def put(tensor: Tensor, place: Tensor) -> Tensor:
@@ -632,7 +618,7 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
         c = {**settings, **(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
         for key, done in {**ONLY["every"], **ONLY.get(kind, {})}.items():
             if c.get(key, done) != done and (c[key] or done):
-                raise BadModel(f"config asks for {key}={str(c[key])[:80]}, which is not done here for {kind} models")
+                raise BadModel(f"asks for {key}={str(c[key])[:80]}, which is not done here for {kind} models")
         if kind not in FAMILIES:
             raise BadModel(f"model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
         config = FAMILIES[kind].config(c)
@@ -645,17 +631,20 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
             if not isinstance(value, int) or value < 1:
                 raise BadModel(f"a {kind} model needs a size above 0 for its {name}, found {value!r}")
         if config.heads % config.kv_heads or config.rotary % 2 or config.rotary > config.head_dim:
-            raise BadModel(f"{config.heads} heads with {config.kv_heads} for keys, {config.rotary} of {config.head_dim}"
-                           " coordinates rotary: keys must divide heads, and the rotary ones be pairs of the others")
+            raise BadModel(f"no {config.heads} heads can share {config.kv_heads} for keys, or no {config.rotary} of "
+                           f"{config.head_dim} coordinates turn in pairs")
         if config.activation not in ACTIVATIONS:
             raise BadModel(f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    except (BadModel, KeyError, TypeError, ZeroDivisionError) as error:
-        what = {BadModel: error, KeyError: f"a {kind} model needs {error} there"}
-        raise BadModel(f"{where}: {what.get(type(error), f'a number of this {kind} model is none ({error})')}") from None
+    except KeyError as error:
+        raise BadModel(f"{where}: a {kind} model needs {error} there") from None
+    except (ValueError, TypeError, ArithmeticError) as error:
+        what = error if isinstance(error, BadModel) else f"a number of this {kind} model is none ({error})"
+        raise BadModel(f"{where}: {what}") from None
     return FAMILIES[kind], config
 
 
 def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) -> tuple[int, ...]:
+    """The end-of-text ids that the folder's generation_config.json and config.json name."""
     found = []
     for name in ("generation_config.json", "config.json"):
         ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
@@ -702,10 +691,9 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
         read_json(folder / "generation_config.json")
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
              if path.suffix in KEPT and path.is_file() and path.stat().st_size < 2 ** 27}
-    end_tokens(files, config.vocab_size, folder)
     bytes_there = sum((folder / name).stat().st_size for name in names)
-    weights = config.vocab_size + config.layers * 2 * (config.heads * config.head_dim + config.hidden)
-    weights = config.dim * (weights + (config.positions if config.rope is None else 0))
+    weights = config.dim * (config.vocab_size + (config.rope is None) * config.positions
+                            + config.layers * 2 * (config.heads * config.head_dim + config.hidden))
     if weights > bytes_there:                                        # before a terabyte is asked of the machine
         raise BadModel(f"{folder}: config.json asks for at least {weights:,} weights, the safetensors files have "
                        f"{bytes_there:,} bytes; is it that of another model?")
@@ -765,18 +753,18 @@ def main():
 def talk(args):
     model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer, stop = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode()), model.stop_tokens
+        tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
     except Exception as error:                                       # the library raises nothing narrower
         raise BadModel(f"{args.folder}: no tokenizer.json that can be read ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    prompt = tokenizer.encode(args.prompt).ids
-    if args.chat:         # templates are data.py's business: the command line borrows it, the module imports none of ours
+    prompt, stop = tokenizer.encode(args.prompt.encode().decode()).ids, model.stop_tokens     # (only UTF-8 passes)
+    if args.chat:                                  # the command line borrows data.py; the module imports none of ours
         chat = importlib.import_module("data").Tokenizer(args.folder)
         prompt, stop = chat.prompt([{"role": "user", "content": args.prompt}]), (chat.eos, *stop)
     if not 0 < len(prompt) < model.config.positions or max(prompt) >= model.config.vocab_size:
-        raise BadModel(f"--prompt has {len(prompt)} tokens, the last of the vocabulary {max(prompt, default=0)}; it must "
-                       f"have 1 to {model.config.positions - 1}, all below {model.config.vocab_size}")
+        raise BadModel(f"--prompt has {len(prompt)} tokens, it must have 1 to {model.config.positions - 1}, "
+                       f"and ids below {model.config.vocab_size} (the highest is {max(prompt, default='none')})")
     print("" if args.chat else args.prompt, end="", flush=True)
     ids, shown = prompt, len(tokenizer.decode(prompt))               # all at once: what precedes decides on spaces
     for [token] in model.generate([prompt], args.max_new_tokens, args.temperature, args.top_p, stop,

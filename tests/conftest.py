@@ -40,7 +40,7 @@ MODELS = {
     "llama-linear": (transformers.LlamaConfig, dict(LLAMA, **rope("linear", factor=4.0))),
     "mistral": (transformers.MistralConfig, dict(LLAMA, sliding_window=None, head_dim=16)),
     "mistral-window": (transformers.MistralConfig, dict(LLAMA, sliding_window=7, tie_word_embeddings=True)),
-    "qwen2": (transformers.Qwen2Config, LLAMA),
+    "qwen2": (transformers.Qwen2Config, dict(LLAMA, vocab_size=1000)),         # more than the tokenizer has
     "qwen2-window": (transformers.Qwen2Config, dict(LLAMA, use_sliding_window=True, sliding_window=9,
                                                     max_window_layers=1, tie_word_embeddings=True)),
     "qwen3": (transformers.Qwen3Config, dict(LLAMA, head_dim=16, tie_word_embeddings=True)),
@@ -66,7 +66,7 @@ def make_model(tmp_path_factory, population):
             vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
             kind, settings = MODELS[name]
             end = vocabulary["<end>"]
-            config = kind(**settings, vocab_size=len(vocabulary), bos_token_id=end, eos_token_id=end)
+            config = kind(**{"vocab_size": len(vocabulary), "bos_token_id": end, "eos_token_id": end, **settings})
             torch.manual_seed(1)
             model = transformers.AutoModelForCausalLM.from_config(config)
             with torch.no_grad():                      # away from the ones and zeros of a fresh model

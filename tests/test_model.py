@@ -1,17 +1,26 @@
 """The transformer against transformers', and the chunked scoring against the dense one."""
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MODELS
+from conftest import MODELS, ROOT
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
+import model
 from data import collate
-from model import BadModel, Transformer, attention_mask
+from model import FAMILIES, BadModel, Transformer, attention_mask
 
 
 def theirs(folder):
@@ -25,7 +34,8 @@ def stored(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                found[name] = str(tensor.dtype), tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes()
+                content = tensor.flatten().view(torch.uint8).numpy().tobytes()
+                found[name] = str(tensor.dtype), tuple(tensor.shape), content
     return found
 
 
@@ -59,26 +69,53 @@ def test_saving_gives_back_what_was_loaded(make_model, tmp_path, name, dtype, sh
 
 
 def test_a_made_model_loads_in_transformers(tmp_path):
-    for settings in ({"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
-                     {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                      "intermediate_size": 32, "max_position_embeddings": 32, "tie_word_embeddings": False}):
-        folder, ids = tmp_path / settings["model_type"], torch.arange(20)[None]
-        made = Transformer.from_config({**settings, "vocab_size": 50})
+    llama = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+             "intermediate_size": 32, "max_position_embeddings": 32, "tie_word_embeddings": False, "rotary_pct": 0.5}
+    for kind in FAMILIES:
+        settings = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32} if kind == "gpt2" else llama
+        folder, ids = tmp_path / kind, torch.arange(20)[None]
+        made = Transformer.from_config({**settings, "model_type": kind, "vocab_size": 50})
         made.save_pretrained(folder)
         with torch.no_grad():
             assert torch.equal(made.logits(ids), Transformer.from_pretrained(folder).logits(ids))
             assert (theirs(folder)(ids).logits - made.logits(ids)).abs().max() < 1e-4
 
 
-def test_buffers_of_old_checkpoints_are_kept(make_model, tmp_path):
+@pytest.mark.parametrize("name, prefix, buffers", [
+    ("gpt2", "transformer.", {"h.0.attn.bias": torch.ones(1, 1, 4, 4).tril().bool()}),
+    ("neox", "gpt_neox.", {"layers.1.attention.bias": torch.ones(1, 1, 4, 4).tril().bool(),
+                           "layers.1.attention.masked_bias": torch.tensor(-1e9),
+                           "layers.1.attention.rotary_emb.inv_freq": torch.ones(3)})])
+def test_buffers_of_old_checkpoints_are_kept(make_model, tmp_path, name, prefix, buffers):
     from safetensors.torch import load_file, save_file
-    shutil.copytree(make_model("gpt2"), tmp_path / "old")
+    shutil.copytree(make_model(name), tmp_path / "old")
     tensors = load_file(tmp_path / "old/model.safetensors")
-    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4).tril().bool()
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}    # as the first GPT-2 files
-    save_file(bare, tmp_path / "old/model.safetensors")
-    Transformer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}            # as the first GPT-2 files
+    save_file({**bare, **buffers}, tmp_path / "old/model.safetensors")
+    model = Transformer.from_pretrained(tmp_path / "old")
+    model.save_pretrained(tmp_path / "new")
     assert stored(tmp_path / "new") == stored(tmp_path / "old")
+    assert torch.equal(model.logits(torch.arange(9)[None]),
+                       Transformer.from_pretrained(make_model(name)).logits(torch.arange(9)[None]))
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("neox", {"rotary_pct": 0.5, "rotary_emb_base": 700}),
+    ("neox", {"rotary_pct": 0.5, "rotary_emb_base": 700, "partial_rotary_factor": 0.5, "rope_theta": 700.0}),
+    ("neox-sequential", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}),
+    ("llama-tied", {"rope_theta": 700.0}),
+    ("llama-rope3", {"rope_theta": 700.0, "rope_scaling": {
+        "type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}),
+    ("mistral", {"rope_theta": 700.0, "sliding_window": 5}),
+    ("qwen2-window", {"layer_types": None, "max_window_layers": 0, "rope_theta": 700.0}),
+    ("qwen2-window", {"layer_types": None, "use_sliding_window": False}),
+    ("qwen3-window", {"layer_types": None, "max_window_layers": 5})])
+def test_settings_as_transformers_4_wrote_them(make_model, tmp_path, name, changes):
+    folder, ids = edited(make_model(name), tmp_path, **{"rope_parameters": None, **changes}), torch.arange(60)[None]
+    with torch.no_grad():
+        ours, want = Transformer.from_pretrained(folder).logits(ids), theirs(folder)(ids).logits
+        before = Transformer.from_pretrained(make_model(name)).logits(ids)
+    assert (ours - want).abs().max() < 1e-4 < (ours - before).abs().max()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,20 +192,41 @@ def test_chunked_head_equals_dense(make_model, chunk):
     assert seen.size < scored if chunk <= 7 else seen.size >= scored
 
 
-def test_greedy_generation_equals_transformers(make_model):
-    for name in ("gpt2", "llama-rope3"):
-        folder, prompt = make_model(name), [5, 300, 17, 88]
-        ours = list(Transformer.from_pretrained(folder).generate(prompt, 20, temperature=0))
-        want = theirs(folder).generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
-        assert ours == want[0, 4:].tolist()
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_equals_transformers(make_model, name):
+    folder, prompts = make_model(name), [[5, 300, 17, 88], [7], list(range(40, 62))]
+    steps = list(Transformer.from_pretrained(folder).generate(prompts, 20, temperature=0))
+    oracle = theirs(folder)
+    for prompt, ours in zip(prompts, zip(*steps)):
+        want = oracle.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+        assert list(ours) == want[0, len(prompt):].tolist()
+
+
+def alone(model, prompt, *arguments, seed=0, **more):
+    """The tokens that follow one prompt."""
+    steps = model.generate([prompt], *arguments, generators=[torch.Generator().manual_seed(seed)], **more)
+    return [token for [token] in steps]
 
 
 def test_generation_stops_and_is_seeded(make_model):
     model = Transformer.from_pretrained(make_model())
-    texts = [list(model.generate([1, 2], 12, 1.0, 0.9, (), torch.Generator().manual_seed(s))) for s in (0, 0, 1)]
+    texts = [alone(model, [1, 2], 12, 1.0, 0.9, seed=seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 12
-    assert list(model.generate([1, 2], 12, 0.0, stop=(next(model.generate([1, 2], 1, 0.0)),))) == []
-    assert len(list(model.generate([1] * 120, 50))) == 8                       # the model has 128 positions
+    assert alone(model, [1, 2], 12, 0.0, stop=(alone(model, [1, 2], 1, 0.0)[0],)) == []
+    assert len(alone(model, [1] * 120, 50)) == 8                               # the model has 128 positions
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "mistral-window", "qwen3-window"])
+def test_what_follows_a_prompt_does_not_depend_on_its_batch(make_model, name):
+    model, prompts = Transformer.from_pretrained(make_model(name)), [[3], [1, 2], [9] * 30, [4] * 120]
+    want = [alone(model, prompt, 25, 1.3, 0.95, seed=seed) for seed, prompt in enumerate(prompts)]
+    stop = (want[1][5],)                                                       # the second prompt ends early
+    want = [text[:text.index(stop[0])] if stop[0] in text else text for text in want]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    steps = list(model.generate(prompts, 25, 1.3, 0.95, stop, generators))
+    assert [[token for token in text if token is not None] for text in zip(*steps)] == want
+    assert len(want[1]) <= 5 and len(want[3]) <= 8 and len(steps) == max(map(len, want))
+    assert all(None not in text[:len(kept)] for text, kept in zip(zip(*steps), want))
 
 
 def edited(folder, tmp_path, **changes):
@@ -179,17 +237,61 @@ def edited(folder, tmp_path, **changes):
     return copy
 
 
-def test_refusals_name_what_was_found(make_model, tmp_path):
+@pytest.mark.parametrize("name, changes, word", [
+    ("llama-grouped", {"model_type": "mixtral"}, "mixtral"),
+    ("llama-grouped", {"model_type": "mixtral", "num_local_experts": 8}, "num_local_experts=8.*mixtral"),
+    ("qwen3", {"model_type": "qwen3_moe", "num_experts": 128}, "num_experts=128.*qwen3_moe"),
+    ("llama-grouped", {"model_type": ["llama"]}, "unhashable"), ("llama-grouped", {"hidden_act": "swish9"}, "swish9"),
+    ("llama-grouped", {"num_hidden_layers": 1}, "model.layers.1"), ("neox", {"num_hidden_layers": 3}, "blocks.2"),
+    ("llama-grouped", {"intermediate_size": 95}, "95"), ("llama-grouped", {"hidden_size": None}, "llama"),
+    ("llama-grouped", {"rms_norm_eps": "x"}, "llama"), ("llama-grouped", {"num_key_value_heads": 3}, "3 for keys"),
+    ("llama-grouped", {"head_dim": 11}, "11"), ("llama-grouped", {"sliding_window": 7}, "sliding_window=7"),
+    ("llama-grouped", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
+    ("llama-grouped", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ("llama-grouped", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ("llama-grouped", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("llama-grouped", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    *((name, {"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq")
+      for name in ("gpt2", "neox", "llama-tied", "mistral", "qwen2", "qwen3")),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+    ("gpt2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    ("neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "3 of 12"),
+    ("neox", {"rope_parameters": {"partial_rotary_factor": "a"}}, "gpt_neox"),
+    ("neox", {"attention_bias": False}, "attention.dense.bias"),
+    ("mistral", {"attention_bias": True}, "attention_bias=True"), ("mistral", {"sliding_window": 0}, "window, found 0"),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"), ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    ("qwen3", {"layer_types": ["full_attention"]}, "each of 2 layers"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "window, found None"),
+    *(("gpt2", {"eos_token_id": wrong}, "config.json: eos_token_id") for wrong in (10 ** 6, -1, "<", [3, True], 2.0)),
+    ("gpt2", {"vocab_size": 10 ** 12}, "weights"), ("gpt2", {"n_positions": 10 ** 18}, "weights"),
+    ("neox", {"num_hidden_layers": 10 ** 9}, "weights"), ("qwen2", {"intermediate_size": 10 ** 15}, "weights"),
+    ("qwen3", {"num_attention_heads": 2 * 10 ** 12}, "weights")])
+def test_refusals_of_settings_name_what_was_found(make_model, tmp_path, name, changes, word):
+    folder = edited(make_model(name), tmp_path, **changes)
+    with pytest.raises(BadModel, match=word) as error:
+        Transformer.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_dropout_is_noted(make_model):
+    notes = Transformer.from_pretrained(make_model("gpt2")).notes
+    assert len(notes) == 3 and "attn_pdrop=0.1" in " ".join(notes)
+    assert Transformer.from_pretrained(make_model("llama-tied")).notes == []
+
+
+def test_a_tensor_that_is_there_twice_is_refused(make_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(make_model("gpt2"), tmp_path / "twice")
+    tensors = load_file(tmp_path / "twice/model.safetensors")
+    save_file({**tensors, "ln_f.bias": torch.zeros(48)}, tmp_path / "twice/model.safetensors")
+    with pytest.raises(BadModel, match=r"ln_f\.bias.*shares it"):
+        Transformer.from_pretrained(tmp_path / "twice")
+
+
+def test_refusals_of_folders_name_what_was_found(make_model, tmp_path):
     folder = make_model("llama-grouped")
-    for name, changes, word in [("a", {"model_type": "mixtral"}, "mixtral"), ("b", {"hidden_act": "swish9"}, "swish9"),
-                                ("c", {"num_hidden_layers": 1}, "model.layers.1"),
-                                ("d", {"num_hidden_layers": 3}, "blocks.2"), ("e", {"intermediate_size": 95}, "95"),
-                                ("f", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
-                                ("g", {"hidden_size": None}, "llama"), ("i", {"rms_norm_eps": "x"}, "llama"),
-                                ("j", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
-                                ("k", {"partial_rotary_factor": 0.5}, "partial_rotary_factor")]:
-        with pytest.raises(BadModel, match=word):
-            Transformer.from_pretrained(edited(folder, tmp_path / name, **changes))
     with pytest.raises(BadModel, match="no such folder"):
         Transformer.from_pretrained(tmp_path / "nowhere")
     broken = edited(folder, tmp_path / "h")
@@ -209,12 +311,104 @@ def test_refusals_name_what_was_found(make_model, tmp_path):
             Transformer.from_pretrained(broken)
 
 
-def test_the_command_line_continues_a_text_or_says_why_not(run, make_model):
+def test_a_stop_token_of_generation_config_must_be_one(make_model, tmp_path):
+    folder = edited(make_model(), tmp_path)
+    (end,) = Transformer.from_pretrained(folder).stop_tokens
+    for ids, stop in [([3, 5], (3, 5, end)), (7, (7, end)), (None, (end,)), ([end], (end,))]:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert Transformer.from_pretrained(folder).stop_tokens == stop
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 100000]}')
+    with pytest.raises(BadModel, match=r"generation_config.json: eos_token_id 100000"):
+        Transformer.from_pretrained(folder)
+
+
+def command_line(monkeypatch, capsys, *arguments):
+    """(exit status, standard output, standard error) of model.py, in this process."""
+    monkeypatch.setattr("sys.argv", ["model.py", *map(str, arguments)])
+    status = 0
+    try:
+        model.main()
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_line_continues_a_text_or_says_why_not(run, monkeypatch, capsys, make_model, tmp_path):
     done = run("model.py", make_model(), "-p", "Ada asks", "--max-new-tokens", 5)
     assert done.returncode == 0 and done.stdout.startswith("Ada asks") and not done.stderr
+    folder = edited(make_model("qwen3"), tmp_path)
     for flags, words in [(["-p", ""], "0 tokens"), (["-p", "Ada " * 200], "tokens, it must have"),
                          (["-p", "a", "--top-p", 0], "not from"), (["-p", "a", "--temperature", "nan"], "not from"),
-                         (["-p", "a", "--seed", 2 ** 64], "not from"), ([], "required"),
+                         (["-p", "a", "--seed", 2 ** 64], "not from"), ([], "required"), (["-p", "\udcff"], "utf-8"),
                          (["-p", "a", "--max-new-tokens", "x"], "invalid int value")]:
-        done = run("model.py", make_model(), *flags)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+        status, text, said = command_line(monkeypatch, capsys, folder, *flags)
+        assert status == 2 and words in said and not text
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 944, "content": "<|beyond|>"})
+    for content, words in [(json.dumps(tokenizer), "ids below 944 (the highest is 944)"), ("{}", "tokenizer.json")]:
+        (folder / "tokenizer.json").write_text(content)
+        status, _, said = command_line(monkeypatch, capsys, folder, "-p", "a<|beyond|>")
+        assert status == 2 and words in said
+    (folder / "tokenizer.json").unlink()
+    status, _, said = command_line(monkeypatch, capsys, folder, "-p", "a")
+    assert status == 2 and "tokenizer.json" in said
+
+
+def test_the_command_line_answers_a_message(monkeypatch, capsys, make_model):
+    folder = make_model()
+    stop = alone(Transformer.from_pretrained(folder), [5, 6, 7], 4, 0.0)[3]
+
+    class Chat:                                                     # data.Tokenizer has tests of its own
+        eos = stop
+
+        def __init__(self, path):
+            assert path == str(folder)
+
+        def prompt(self, messages):
+            if messages != [{"role": "user", "content": "Ada asks"}]:
+                raise data.BadData("the chat template says no")
+            return [5, 6, 7]
+    monkeypatch.setattr(data, "Tokenizer", Chat)
+    arguments = folder, "--chat", "--temperature", 0
+    status, text, _ = command_line(monkeypatch, capsys, *arguments, "-p", "Ada asks")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    want = alone(Transformer.from_pretrained(folder), [5, 6, 7], 4, 0.0)
+    want = want[:want.index(stop)]
+    assert status == 0 and text == backend.decode([5, 6, 7, *want])[len(backend.decode([5, 6, 7])):] + "\n"
+    assert command_line(monkeypatch, capsys, *arguments, "-p", "x")[::2] == (
+        2, "model.py: error: the chat template says no\n")
+
+
+def test_the_command_line_ends_quietly(monkeypatch, capsys, make_model):
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "generate", interrupted)
+        status, text, said = command_line(monkeypatch, capsys, make_model(), "-p", "Ada asks")
+    assert status == 130 and text == "Ada asks" and not said
+    command = [sys.executable, str(ROOT / "model.py"), str(make_model()), "-p", "Ada asks", "--max-new-tokens", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()                                      # as `| head -c 1` does
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
+def test_text_keeps_its_spaces_and_its_start(monkeypatch, capsys, tmp_path):
+    """A tokenizer of the Llama kind: it starts a text by itself, and its words carry their space before them."""
+    vocabulary = {"<s>": 0, "<unk>": 1, "\u2581Ada": 2, "\u2581asks": 3}
+    tokenizer = Tokenizer(WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), MetaspaceDecoder()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_special_tokens(["<s>"])
+    torch.manual_seed(2)
+    folder, made = tmp_path / "model", Transformer.from_config({
+        "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 8, "max_position_embeddings": 16, "vocab_size": 4}, {})
+    made.origin.files["tokenizer.json"] = tokenizer.to_str().encode()
+    made.save_pretrained(folder)
+    follow = alone(made, [0, 2], 6, 0.0)
+    flags = "-p", "Ada", "--temperature", 0, "--max-new-tokens", 6
+    words = {0: "", 1: "<unk>", 2: " Ada", 3: " asks"}              # special tokens are not shown
+    assert command_line(monkeypatch, capsys, folder, *flags)[:2] == (
+        0, "Ada" + "".join(words[token] for token in follow) + "\n")
+    assert follow[0] in {2, 3}                                       # its space is there only behind another word
