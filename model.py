@@ -511,7 +511,7 @@ def put(tensor: Tensor, place: Tensor) -> Tensor:
     """The tensor, or this rank's share of it if `place` is shared out."""
     if not hasattr(place, "placements"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor      # half a second, for those who need it
+    from torch.distributed.tensor import distribute_tensor  # half a second, for those who need it
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
