@@ -380,7 +380,7 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that from_pretrained read, with these weights: same files, tensor names, shapes, dtypes.
 
-        Everything is written beside its place first and then renamed, so that no file is ever half written.
+        Everything is written beside its place, forced to the disk and then renamed: no file is ever half written.
         """
         folder, origin = Path(folder), self.origin
         staging = folder / ".saving"
@@ -403,8 +403,10 @@ class Transformer(nn.Module):
         for name, content in origin.files.items():
             (staging / name).write_bytes(content)
         for path in staging.iterdir():
+            fsync(path)
             os.replace(path, folder / path.name)
         staging.rmdir()
+        fsync(folder)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -414,6 +416,15 @@ class Transformer(nn.Module):
             ids = json.loads(self.origin.files.get(name, b"{}")).get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids] if ids is not None else []
         return tuple(dict.fromkeys(found))
+
+
+def fsync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on the disk and not only on its way there."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
