@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import mallowspo
@@ -355,16 +355,28 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
             for digest, *parts in zip(digests, np.split(logp, ends), np.split(entropy, ends))}
 
 
+def lock(path: Path, wait: bool = True):
+    """An open file; nobody else gets it from here until it is closed, or its process dies.
+
+    Raises BlockingIOError if another process has it and `wait` is False.
+    """
+    import fcntl  # not on Windows
+    file = open(path, "a")                                         # noqa: SIM115 (open is what it shall be)
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    return file
+
+
 def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
-    tensors = {"digest": torch.tensor(np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16).copy()),
-               "length": torch.tensor([len(s.logp) for s in scores.values()], dtype=torch.int32),
-               "logp": torch.from_numpy(np.concatenate([s.logp for s in scores.values()])),
-               "entropy": torch.from_numpy(np.concatenate([s.entropy for s in scores.values()]))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    save_file(tensors, new, metadata={"key": key})
-    new.chmod(0o644)                                               # safetensors leaves it readable by its owner only
-    os.replace(new, path)
+    """Add scores to the file, as others may do at the same time; what it has, stays."""
+    with lock(path.with_name(path.name + ".lock")):
+        scores = scores | read_reference(path, key)
+        tensors = {"digest": torch.tensor(np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16).copy()),
+                   "length": torch.tensor([len(s.logp) for s in scores.values()], dtype=torch.int32),
+                   "logp": torch.from_numpy(np.concatenate([s.logp for s in scores.values()])),
+                   "entropy": torch.from_numpy(np.concatenate([s.entropy for s in scores.values()]))}
+        new = path.with_name(path.name + ".new")
+        new.write_bytes(save(tensors, metadata={"key": key}))
+        os.replace(new, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -472,7 +472,7 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that from_pretrained read, with these weights: same files, tensor names, shapes, dtypes.
 
-        Everything is written beside its place first and then renamed, so that no file is ever half written.
+        Everything is written beside its place, forced to the disk and then renamed: no file is ever half written.
         """
         folder, origin = Path(folder), self.origin
         staging = folder / ".saving"
@@ -496,8 +496,10 @@ class Transformer(nn.Module):
         for name, content in origin.files.items():
             (staging / name).write_bytes(content)
         for path in staging.iterdir():
+            fsync(path)
             os.replace(path, folder / path.name)
         staging.rmdir()
+        fsync(folder)
 
     @property
     def notes(self) -> list[str]:
@@ -518,6 +520,15 @@ def put(tensor: Tensor, place: Tensor) -> Tensor:
 def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:
     """Rows that lie as (outer, inner, D) -> as (inner, outer, D); with the sizes exchanged, back again."""
     return stacked.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def fsync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on the disk and not only on its way there."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

@@ -15,6 +15,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import signal
 import sys
 import time
 import types
@@ -27,7 +29,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,12 +48,13 @@ from data import (
     collate,
     compare_at,
     load_pairs,
+    lock,
     read_reference,
     write_jsonl,
     write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
-from model import TARGETS, BadModel, Transformer, add_lora, save_adapter
+from model import TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter
 
 
 class BadConfig(ValueError):
@@ -99,7 +103,7 @@ class Config:
     decay: Literal[tuple(DECAYS)] = flag("cosine", "how the rate falls afterwards")
     clip: float = flag(1.0, "largest gradient norm")
     batch_size: int = flag(64, "pairs a step, over all GPUs")
-    epochs: int = flag(1, "passes over the data")
+    epochs: int | None = flag(None, "passes over the data (default: 1)")
     steps: int | None = flag(None, "stop after this many steps instead")
     max_tokens: int | None = flag(None, "longest prompt + response, longer prompts are cut from the left (default: "
                                   "1024, or what the model was made for)")
@@ -108,6 +112,9 @@ class Config:
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
     eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
     log_every: int = flag(1, "steps between progress lines (metrics.jsonl has every step)")
+    save_every: int | None = flag(None, "steps between checkpoints, 0: none at all (default: every half an hour)")
+    resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
+    on_nonfinite: Literal["stop", "skip"] = flag("stop", "what becomes of a step whose loss or gradient is not finite")
     samples: int = flag(2, "prompts to answer before and after")
     sample_tokens: int = flag(64, "longest sample")
     seed: int = flag(0, "order of the data, and sampling")
@@ -118,9 +125,10 @@ class Config:
         for names, fits, what in [
                 ("model out reference", lambda v: v != "", "not be empty"),
                 ("data eval_data", lambda v: "" not in v, "name files"),
-                ("lr batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha",
-                 lambda v: 0 < v < math.inf, "be a number above 0"), ("clip", lambda v: v > 0, "be above 0"),
-                ("eval_pairs samples sample_tokens sft lora_rank", lambda v: 0 <= v < math.inf, "be 0 or above"),
+                ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star "
+                 "lora_alpha", lambda v: 0 < v < math.inf, "be a number above 0"),
+                ("eval_pairs save_every samples sample_tokens sft lora_rank",
+                 lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
                 ("warmup dispersion_power alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
                 ("margin", math.isfinite, "be a number"), ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32")]:
             for name in names.split():
@@ -133,6 +141,10 @@ class Config:
             raise BadConfig("--lora-alpha, --lora-targets and --merge are for --lora-rank, which is 0")
         if self.eval_data and self.eval_pairs:
             raise BadConfig("--eval-pairs is for runs without --eval-data; give one of them")
+        if self.epochs and self.steps:
+            raise BadConfig("--epochs and --steps both say when to stop; give one of them (the demo takes --steps)")
+        if self.resume and self.model is None:
+            raise BadConfig("--resume is for runs with --model; the demo takes minutes, and starts afresh")
         if self.method.link is None and self.method.dispersion != "constant":
             raise BadConfig(f"--dispersion {self.method.dispersion} has no meaning for --loss {self.loss}")
         if self.model is not None and Path(self.model).resolve() == Path(self.out).resolve():
@@ -222,6 +234,20 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
+    def agree(self, job: Callable):
+        """What job() returns on rank 0, or raises there, on all ranks."""
+        result = [None]
+        if self.rank == 0:
+            try:
+                result = [job()]
+            except Exception as error:
+                result = [error]
+        if self.size > 1:
+            dist.broadcast_object_list(result)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
+
 
 def join_world(cfg: Config) -> World:
     """This process's place among those that torchrun started, if it did."""
@@ -254,36 +280,46 @@ def fingerprint(model: Transformer, world: World) -> str:
 
 
 @torch.inference_mode()
-def score_reference(model: Transformer, path: Path, rows: list[list[Pair]], world: World) -> dict[bytes, Scores]:
-    """Score the pairs of this rank's rows that the file lacks; every rank gets all scores, rank 0 writes them.
+def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pair]],
+                    world: World) -> dict[bytes, Scores]:
+    """Score the pairs that the file lacks, each in the first row that has it; every rank gets all scores.
 
-    The rows are those of training: what is scored here, the policy's first step scores alike to the last bit.
+    `rows` are those of all ranks, this one's are rows[rank::size], and those of training: what is scored here, the
+    policy's first step scores alike to the last bit.  A pass that is interrupted goes on from what is in the file.
     """
-    key, fresh, start = fingerprint(model, world), {}, time.perf_counter()
-    known = read_reference(path, key)
-    todo = [row for row in rows if any(pair.digest() not in known for pair in row)]
-    count = int(world.total(torch.tensor(sum(len(row) for row in todo), device=world.device)))
+    known, fresh, first = read_reference(path, key), {}, {}
+    for i, row in enumerate(rows):
+        for pair in row:
+            first.setdefault(pair.digest(), i)
+    todo = sorted({i for digest, i in first.items() if digest not in known and i % world.size == world.rank})
+    count, start = len(first.keys() - known.keys()), time.perf_counter()
     world.say(f"reference   {f'scoring {count:,} pairs into' if count else 'all scores reused from'} {path}")
-    for row in todo:
-        packed = collate([pair[:3] for pair in row], world.device)
-        with world.autocast():
-            logp, entropy = model(*packed.inputs(), entropy=True)
-        if not torch.isfinite(logp).all():
-            raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
-                            + ", ".join(pair.where for pair in row[:8]))
-        ends = packed.length.sum(1).cumsum(0).tolist()[:-1]
-        parts = (np.split(values.cpu().numpy(), ends) for values in (logp, entropy))
-        for pair, *both in zip(row, *parts):
-            fresh.setdefault(pair.digest(), Scores(*both))         # of a repeated pair, what the first step will meet
-    if world.size > 1:
-        everyone = [None] * world.size
-        dist.all_gather_object(everyone, fresh)
-        fresh = {digest: scores for part in everyone for digest, scores in part.items()}
-    if fresh and world.rank == 0:
-        write_reference(path, key, fresh | known)
+    saved = start
+    try:
+        for i in todo:
+            packed = collate([pair[:3] for pair in rows[i]], world.device)
+            with world.autocast():
+                logp, entropy = model(*packed.inputs(), entropy=True)
+            if not torch.isfinite(logp).all():
+                raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
+                                + ", ".join(pair.where for pair in rows[i][:8]))
+            ends = packed.length.sum(1).cumsum(0).tolist()[:-1]
+            parts = (np.split(values.cpu().numpy(), ends) for values in (logp, entropy))
+            fresh.update((pair.digest(), Scores(*both)) for pair, *both in zip(rows[i], *parts)
+                         if first[pair.digest()] == i)
+            if time.perf_counter() - saved > SCORES_SECONDS:
+                write_reference(path, key, fresh)
+                fresh, saved = {}, time.perf_counter()
+    finally:
+        if fresh:
+            write_reference(path, key, fresh)
+    world.barrier()                                                # now the file has the scores of all ranks
+    scores = read_reference(path, key)
+    if not first.keys() <= scores.keys():
+        raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
     if count:
         world.say(f"            {count / (time.perf_counter() - start):.1f} pairs/s")
-    return fresh | known
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,14 +348,20 @@ class Part:
         return cls(pairs, schedule, steps or schedule.steps_per_epoch, zeros,
                    torch.full((len(pairs),), torch.nan), torch.ones(len(pairs), device=world.device))
 
+    def digest(self) -> str:
+        """A hash of all that a run takes from the records."""
+        parts = (pair.digest() + f"{pair.dispersion} {pair.votes}".encode() for pair in self.pairs)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
     def first_epoch(self) -> range:
         """The steps that visit each pair that is ever visited."""
         return range(min(self.steps, self.schedule.steps_per_epoch))
 
     def rows(self, world: World) -> list[list[Pair]]:
-        """This rank's rows of the first epoch."""
+        """All ranks' rows of the first epoch: those of rank r are [r::size]."""
         return [[self.pairs[i] for i in row] for s in self.first_epoch()
-                for row in self.schedule.rows(s, world.rank, world.size)]
+                for rows in zip(*(self.schedule.rows(s, rank, world.size) for rank in range(world.size)))
+                for row in rows]
 
     def visited(self) -> list[int]:
         return sorted(i for s in self.first_epoch() for i in self.schedule.batch(s))
@@ -360,19 +402,146 @@ def evaluate(model: Transformer, method: Method, part: Part, world: World) -> di
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. The loop
+# 5. Checkpoints: OUT/checkpoint/step-N holds all that the steps change
 
-def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, metrics, evaluations,
-          on_step=None) -> None:
-    """Run the steps of `part`; `metrics` and `evaluations` take dicts, `on_step(step, model)` is called before each
-    step and after the last."""
+SCORES_SECONDS, SAVE_SECONDS = 120, 1800        # between writes of the reference's scores; of checkpoints, by default
+IN_A_ROW = 10                                   # so many steps that are not finite are not skipped
+MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
+              "sample_tokens resume device dtype").split()                      # in a run that is resumed
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(out.glob("checkpoint/step-*"), reverse=True)
+
+
+def checkpoint_size(model: Transformer) -> int:
+    """Bytes: the model's folder, and float32 weights with AdamW's two moments."""
+    each = 12 + max(dtype.itemsize for _, dtype in model.origin.tensors.values())
+    return each * sum(p.numel() for p in model.parameters())
+
+
+def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """The model's folder, in state.safetensors the weights in float32 and what AdamW keeps of each, `state` as JSON.
+
+    Written beside its place, forced to the disk, renamed; only then the one before is removed.
+    """
+    out = Path(cfg.out)
+    new = out / "checkpoint" / "new"
+    tensors = {f"{kind}.{name}": value.detach() for name, p in model.named_parameters() if p.requires_grad
+               for kind, value in {"weight": p, **optimizer.state[p]}.items()}
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        save_weights(cfg, model, new / "model")
+        save_file(tensors, new / "state.safetensors")
+        files = {str(path.relative_to(new)): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
+        write_json(new / "state.json", {**state, "sha256": files})
+        for path in [*new.rglob("*"), new, *out.glob("*.jsonl")]:
+            fsync(path)
+        os.replace(new, out / "checkpoint" / f"step-{state['step']:08}")
+        fsync(out / "checkpoint")
+        remove(checkpoints(out)[1:])
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"the checkpoint of step {state['step']} cannot be written ({error}); it takes "
+                        f"{checkpoint_size(model):,} bytes, {shutil.disk_usage(out).free:,} are free") from None
+
+
+def remove(folders: list[Path]) -> None:
+    for folder in folders:
+        os.replace(folder, folder.parent / "new")                  # what has the name of a checkpoint is whole
+        shutil.rmtree(folder.parent / "new")
+
+
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        for key in file.keys():                                    # noqa: SIM118 (it is not a dict)
+            kind, _, name = key.partition(".")
+            p = model.get_parameter(name)
+            if kind == "weight":
+                p.data.copy_(file.get_tensor(key))
+            else:
+                optimizer.state[p][kind] = file.get_tensor(key).to(p.device)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_state(cfg: Config, record: dict) -> dict | None:
+    """What the steps start from: nothing, or with --resume the newest checkpoint; None if the run is finished.
+
+    Raises BadConfig if that is of another run, or damaged, or there and not to be resumed.
+    """
+    out, found = Path(cfg.out), checkpoints(Path(cfg.out))
+    where = found[0] / "state.json" if found else out / "run.json"
+    state = read_json(where) if where.exists() else {}
+    if found and not cfg.resume:
+        raise BadConfig(f"{found[0]}: of a run that was interrupted; --resume continues it; to start afresh choose "
+                        f"another --out, or remove {out / 'checkpoint'}")
+    if not found and not (cfg.resume and state.get("finished")):
+        print(f"start       {'the finished run in ' * state.get('finished', False)} from the beginning")
+        write_json(out / "run.json", record)                       # from now on the folder is this run's
+        return {"step": 0, "seconds": 0.0, "skipped": [], "run": record}
+    old, new = fixed(state.get("run", state)), fixed(record)
+    changed = ", ".join(f"{name} ({old.get(name)}, now {new[name]})" for name in new if old.get(name) != new[name])
+    if changed:
+        raise BadConfig(f"--resume: {where} is of a run with other settings: {changed}; choose another --out")
+    if not found:
+        print(f"resume      {out}: the run is finished, there is nothing to do")
+        return None
+    for name, digest in state["sha256"].items():
+        if sha256(found[0] / name) != digest:
+            raise BadConfig(f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
+    print(f"resume      at step {state['step']}, from {found[0]}")
+    return {**state, "run": record}
+
+
+def fixed(record: dict) -> dict:
+    """What must be alike in a run that is resumed: settings, and the contents behind some."""
+    settings = {"schema": record.get("schema"), **record.get("config", {})}
+    return {name: record.get(f"{name}_sha256", settings[name]) for name in settings if name not in MAY_CHANGE}
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """A list that takes SIGINT and SIGTERM, which end nothing meanwhile; only a second ctrl-C does."""
+    signals = []
+
+    def note(number, frame):
+        signals.append(number)
+        if signals.count(signal.SIGINT) > 1:
+            interrupt(number, frame)
+    former = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield signals
+    finally:
+        for each in former:
+            signal.signal(*each)
+
+
+def interrupt(number, frame) -> None:
+    raise KeyboardInterrupt(number)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. The loop
+
+def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, state: dict, signals: list,
+          metrics, evaluations, on_step=None) -> None:
+    """Run the steps of `part` that `state` has not behind it; `metrics` and `evaluations` take dicts,
+    `on_step(step, model)` is called before each step and after the last."""
     ddp = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
     policy = DistributedDataParallel(model, **ddp) if world.size > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    start = time.perf_counter()
-    for step in range(part.steps + 1):
+    out, saved = Path(cfg.out), time.perf_counter()
+    start = saved - state["seconds"]
+    if state["step"]:
+        load_checkpoint(checkpoints(out)[0], model, optimizer)
+        scaler.load_state_dict(state["scaler"])
+    for step in range(state["step"], part.steps + 1):
         if on_step:
             on_step(step, model)
         if held and (step % cfg.eval_every == 0 or step == part.steps):
@@ -383,18 +552,17 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
         if step == part.steps:
             break
         began = time.perf_counter()
-        means = gradient(policy, scaler, cfg.method, part, step, world)
+        means, bad, stop = gradient(policy, scaler, cfg.method, part, step, world, signals)
         if step == 0 and cfg.method.link and cfg.method.alpha:
             world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
                       f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip).item()
-        if not math.isfinite(norm) and not scaler.is_enabled():
-            pairs = ", ".join(part.pairs[i].where for i in part.schedule.batch(step)[:8])
-            raise RunFailed(f"step {step}: the gradient is not finite ({norm}), though the loss is; nothing was saved; "
-                            f"look at --lr, --beta, and the step's pairs: {pairs}, ...")
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, part.steps)
-        scaler.step(optimizer)
+        if bad or (not math.isfinite(norm) and scaler.get_scale() <= 1):   # above 1 it is float16's, and the scaler's
+            world.say(skip(cfg, part, step, bad, state["skipped"]))
+        else:
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
@@ -406,15 +574,38 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
         metrics(row)
         if step % cfg.log_every == 0 or step + 1 == part.steps:
             world.say(progress(row, part.steps, cfg.method.link is not None))
+        every, done = cfg.save_every, step + 1
+        due = now - saved > SAVE_SECONDS if every is None else every and done % every == 0
+        if world.rank == 0 and every != 0 and (due or stop or done == part.steps):
+            state.update(step=done, seconds=now - start, scaler=scaler.state_dict())
+            save_checkpoint(cfg, state, model, optimizer)
+            saved = time.perf_counter()
+        if stop:
+            world.barrier()                                        # torchrun ends all when one ends
+            raise KeyboardInterrupt((signals or [signal.SIGTERM])[0])
 
 
-def gradient(policy, scaler, method: Method, part: Part, step: int, world: World) -> dict[str, float]:
-    """Accumulate the gradient of the mean loss over all pairs of the step; return the means of the outcome.
+def skip(cfg: Config, part: Part, step: int, bad: list[int], skipped: list[int]) -> str:
+    """Note a step whose loss (of the pairs in `bad`) or gradient is not finite, or raise RunFailed."""
+    where = [part.pairs[i].where for i in bad or part.schedule.batch(step)]
+    what = (f"the {'loss' if bad else 'gradient'} is not finite; look at --lr, --beta, and "
+            f"{', '.join(where[:8])}{', ...' * (len(where) > 8)}")
+    skipped.append(step)
+    if cfg.on_nonfinite == "stop" or skipped[-IN_A_ROW:] == list(range(step - IN_A_ROW + 1, step + 1)):
+        raise RunFailed(f"step {step}: {what}")
+    return f"step {step:>5}  skipped: {what}"
 
+
+def gradient(policy, scaler, method: Method, part: Part, step: int, world: World,
+             signals: list) -> tuple[dict[str, float], list[int], bool]:
+    """Accumulate the gradient of the mean loss over all pairs of the step.
+
+    Returns the means of the outcome, the pairs whose loss is not finite, and whether a rank had a signal.
     Sums are divided by the number of pairs on all ranks, so neither GPUs nor rows change the step.
     """
     batch, rows = part.schedule.batch(step), part.schedule.rows(step, world.rank, world.size)
-    total, losses = torch.zeros(len(Outcome._fields), device=world.device), []
+    n = len(Outcome._fields)
+    total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
     for i, row in enumerate(rows):
         wait = world.size > 1 and i + 1 < len(rows)                # ranks exchange gradients with the last row only
         with policy.no_sync() if wait else contextlib.nullcontext():
@@ -424,14 +615,11 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
             loss = counts * outcome.loss.sum() / len(batch)
             # ------------------------------------------------------------------------------------------------
             scaler.scale(loss * world.size).backward()             # DDP takes the mean over ranks, we want the sum
-        total += counts * sums(outcome)
-        losses.append(outcome.loss.detach())
-    means = dict(zip(Outcome._fields, (world.total(total) / len(batch)).tolist()))
-    if not math.isfinite(means["loss"]):
-        bad = [part.pairs[i].where for row, loss in zip(rows, losses) for i, x in zip(row, loss.tolist())
-               if not math.isfinite(x)]
-        raise RunFailed(f"step {step}: the loss is not finite; nothing was saved; the pairs: {', '.join(bad) or '-'}")
-    return means
+        total[:n] += counts * sums(outcome)
+        total[[n + 1 + batch.index(i) for i in row]] = (~torch.isfinite(outcome.loss))[:len(row)].float()
+    total[n] = bool(signals)                                       # all ranks stop after the same step
+    means, (stop, *bad) = (world.total(total)[:n] / len(batch)).tolist(), total[n:].tolist()
+    return dict(zip(Outcome._fields, means)), [i for i, x in zip(batch, bad) if x], bool(stop)
 
 
 def loss_at_start(method: Method, part: Part) -> float:
@@ -467,9 +655,9 @@ def progress(row: dict, steps: int, preferences: bool) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. The job
+# 7. The job
 
-def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transformer:
+def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     """Everything from a folder and a file to a trained folder."""
     out, method = Path(cfg.out), cfg.method
     torch.manual_seed(cfg.seed)
@@ -481,15 +669,24 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     if cfg.reference and Path(cfg.reference).is_dir():
         raise BadConfig(f"--reference {cfg.reference}: a folder, it should be a file for the reference's scores")
     part, held = load_parts(cfg, model, tokenizer, world)
-    make_folder(out, world)
+    mine = []                                                      # nobody else's, as long as this function runs
+    world.agree(lambda: mine.append(claim(out / "lock", checkpoint_size(model) * (1 if cfg.save_every == 0 else 2))))
     if cfg.reference:
-        make_folder(Path(cfg.reference).parent, world)
+        world.agree(lambda: claim(Path(cfg.reference + ".lock"), wait=True).close())
     size = sum(p.numel() for p in model.parameters())
     world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {str(world.dtype)[6:]} on "
               f"{world.size} x {world.device.type}; a response ends with {tokenizer.text([tokenizer.eos])!r}")
     settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
     world.say(f"method      {cfg.loss}: {settings}")
-    phi_star = weigh(cfg, model, part, held, world)
+    key = fingerprint(model, world)
+    record = {"schema": 1, "config": dataclasses.asdict(cfg), "phi_star": None, "steps": part.steps, "finished": False,
+              "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0, "model_sha256": key,
+              "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    state = world.agree(lambda: first_state(cfg, record))
+    if state is None:
+        return
+    record["phi_star"] = weigh(cfg, model, key, part, held, world)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -498,44 +695,54 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     world.say(f"plan        {part.steps} steps of {min(cfg.batch_size, len(part.pairs))} pairs, "
               f"{part.steps / part.schedule.steps_per_epoch:.2f} epochs; rows of at most "
               f"{part.schedule.tokens_per_row} tokens")
-    record = {"config": dataclasses.asdict(cfg), "phi_star": phi_star, "steps": part.steps, "finished": False,
-              "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0,
-              "data_sha256": hashlib.sha256(b"".join(pair.digest() for pair in part.pairs)).hexdigest(),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     write_records(out, cfg, part, record, world)
     asked = (held or part).pairs[:cfg.samples]
-    before = answer(cfg, model, tokenizer, asked, world)
+    before = answer(cfg, model, tokenizer, asked, world)           # resumed or not: the model is the reference here
 
-    with log(out / "metrics.jsonl", world) as metrics, log(out / "evaluations.jsonl", world) as evaluations:
-        train(cfg, model, part, held, world, metrics, evaluations, on_step)
+    with log(out / "metrics.jsonl", state["step"], world) as metrics, deferred_signals() as signals, \
+            log(out / "evaluations.jsonl", state["step"], world) as evaluations:
+        train(cfg, model, part, held, world, state, signals, metrics, evaluations, on_step)
     after = answer(cfg, model, tokenizer, asked, world)
     if world.rank == 0:
         texts = [{"prompt": tokenizer.text(pair.prompt), "chosen": tokenizer.text(pair.chosen),
                   "rejected": tokenizer.text(pair.rejected), "before": b, "after": a}
                  for pair, b, a in zip(asked, before, after)]
         write_jsonl(out / "samples.jsonl", texts)
-        if cfg.lora_rank:
-            save_adapter(model, out / "adapter", cfg.model)
-        if cfg.merge or not cfg.lora_rank:
-            save_model(model, out)
-        write_json(out / "run.json", {**record, "finished": True})
+        save_weights(cfg, model, out)
+        write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
+        remove(checkpoints(out))
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
     world.barrier()                                                # nobody reads the folder before it is whole
     saved = "the model" if not cfg.lora_rank else "adapter/" + " and the model it makes" * cfg.merge
-    world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl")
-    return model
+    world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl"
+              + f"; {len(state['skipped'])} steps were skipped" * bool(state["skipped"]))
 
 
 @contextlib.contextmanager
-def log(path: Path, world: World):
-    """A function that appends a dict to a new file of JSON Lines, at once; on rank 0."""
+def log(path: Path, first: int, world: World):
+    """A function that appends a dict to a file of JSON Lines, at once; on rank 0.
+
+    What an interrupted run left of step `first` and later, or half of a row, is cut off.
+    """
     if world.rank:
         yield lambda row: None
         return
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "a+b") as file:
+        file.seek(0)
+        end = 0
+        while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] < first:
+            end = file.tell()
+        file.truncate(end)
+
         def append(row):
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite(row)).encode() + b"\n")
             file.flush()
         yield append
+
+
+def finite(content):
+    """JSON has no nan and no infinity: null stands for them."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
 
 
 RECORD_HAS = {"field": "dispersion", "votes": "votes"}     # what --dispersion takes from each record
@@ -569,16 +776,16 @@ def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wor
             raise BadConfig(f"--eval-pairs {cfg.eval_pairs} leaves none of the {len(pairs)} pairs to train on")
         order = np.random.default_rng(cfg.seed).permutation(len(pairs))
         held, pairs = ([pairs[i] for i in sorted(part)] for part in np.split(order, [count]))
-    part = Part.plan(pairs, cfg, world, cfg.steps or cfg.epochs * math.ceil(len(pairs) / cfg.batch_size))
+    part = Part.plan(pairs, cfg, world, cfg.steps or (cfg.epochs or 1) * math.ceil(len(pairs) / cfg.batch_size))
     return part, Part.plan(held, cfg, world, None) if held else None
 
 
-def weigh(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World) -> float | None:
+def weigh(cfg: Config, model: Transformer, key: str, part: Part, held: Part | None, world: World) -> float | None:
     """The reference pass, and from it the weight of every prompt; returns phi_star."""
     method, parts = cfg.method, [part, held] if held else [part]
     if method.link and (method.alpha or method.dispersion == "entropy"):
         path = Path(cfg.reference or Path(cfg.out) / "reference.safetensors")
-        scores = score_reference(model, path, [row for each in parts for row in each.rows(world)], world)
+        scores = score_reference(model, path, key, [row for each in parts for row in each.rows(world)], world)
         for each in parts:
             each.attach(scores, model.config.vocab_size)
     if method.dispersion == "constant":
@@ -602,24 +809,27 @@ def weigh(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
 
 # --- the run's folder ---------------------------------------------------------------------------------------
 
-def make_folder(out: Path, world: World) -> None:
-    problem = [None]
-    if world.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / ".writable").touch()
-            (out / ".writable").unlink()
-        except OSError as error:
-            problem = [f"{out}: cannot be written ({error.strerror})"]
-    if world.size > 1:
-        dist.broadcast_object_list(problem)                        # all stop, or none
-    if problem[0]:
-        raise BadConfig(problem[0])
+def claim(path: Path, need: int = 0, wait: bool = False):
+    """Make a folder and take its lock, until that is closed.  Raises BadConfig if there is no lock, or no room."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = lock(path, wait)
+    except BlockingIOError:
+        raise BadConfig(f"{folder}: another run is writing there; choose another --out") from None
+    except OSError as error:
+        raise BadConfig(f"{folder}: cannot be written ({error.strerror})") from None
+    room = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in folder.glob("checkpoint/**/*.safetensors"))
+    if room < need:
+        raise BadConfig(f"{folder}: {need:,} bytes are needed there, {room:,} are free; make room, choose another "
+                        "--out, or leave out checkpoints (--save-every 0)")
+    return mine
 
 
 def write_json(path: Path, content: dict) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    fsync(new)
     os.replace(new, path)
 
 
@@ -645,6 +855,14 @@ def save_model(model: Transformer, out: Path) -> None:
     model.save_pretrained(out)
 
 
+def save_weights(cfg: Config, model: Transformer, out: Path) -> None:
+    """What was trained: the model's folder, or with LoRA adapter/ in it, as PEFT reads it, or both."""
+    if cfg.lora_rank:
+        save_adapter(model, out / "adapter", cfg.model)
+    if cfg.merge or not cfg.lora_rank:
+        save_model(model, out)
+
+
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pair], world: World) -> list[str]:
     """A sampled response to each prompt; on rank 0 only, the others wait at the next exchange."""
     if world.rank:
@@ -659,10 +877,10 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. The demo: a population whose dispersion is known
+# 8. The demo: a population whose dispersion is known
 
 DEMO = {"lr": 8e-4, "steps": 220, "batch_size": 128, "log_every": 100, "max_tokens": 64, "tokens_per_row": 1024,
-        "samples": 3, "sample_tokens": 8}
+        "samples": 3, "sample_tokens": 8, "save_every": 0}
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -673,7 +891,8 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    make_folder(out, world)
+    mine = []
+    world.agree(lambda: mine.append(claim(out / "lock")))
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -749,11 +968,17 @@ def report(out: Path, population: Population, methods: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 8. The command line
+# 9. The command line
 
 def main(argv: list[str] | None = None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    cfg, given = parse_flags(sys.argv[1:] if argv is None else argv, DEMO)
+    if cfg.model and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):       # torchrun --max-restarts
+        cfg = dataclasses.replace(cfg, resume=True)
+    saved = lambda: f"--resume continues from {checkpoints(Path(cfg.out))[0]}" \
+        if checkpoints(Path(cfg.out)) else "nothing was saved"
     try:
-        cfg, given = parse_flags(sys.argv[1:] if argv is None else argv, DEMO)
         world = join_world(cfg)
         if cfg.model:
             fit(cfg, world)
@@ -762,11 +987,11 @@ def main(argv: list[str] | None = None) -> None:
     except (BadConfig, BadData, BadModel) as error:
         stop(2, error)
     except (RunFailed, OSError, SafetensorError) as error:
-        stop(1, error)
+        stop(1, f"{error}; {saved()}")
     except torch.OutOfMemoryError as error:
         stop(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        stop(130, "interrupted; the model was not saved")
+    except KeyboardInterrupt as error:
+        stop(128 + error.args[0], f"ended by {signal.Signals(error.args[0]).name}; {saved()}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
