@@ -1,20 +1,26 @@
 """Preference records -> checked, tokenised pairs -> a fixed schedule of packed rows; and the demo's population.
 
-A record is a line of JSON: {"prompt": ..., "chosen": ..., "rejected": ...} as strings, or, as in Anthropic's data,
-the whole dialogue in both "chosen" and "rejected"; "dispersion" (phi in (0, 1]) is optional.  Prompt and response are
-tokenised apart, so the boundary is true by construction; the end token is appended to a response and scored.
+A record is an object of JSON with "prompt", "chosen", "rejected", see FORMS; "dispersion" (phi in (0, 1]) and "votes"
+([for chosen, for rejected]) are optional.  Strings are used as they are; messages go through the tokenizer's own chat
+template.  Prompt and response meet between two tokens; the token that ends a response is scored, once.
 
-    python data.py pairs.jsonl --model DIR          check a file, and show the tokens that are scored
+    python data.py pairs.jsonl --model DIR          the data doctor: what is in it, what is wrong, what is scored
 """
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
 import math
 import os
+import re
+import signal
 import sys
+import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,48 +41,106 @@ class BadData(ValueError):
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Records
 
+Text = str | list[dict]        # used as it is; or messages, [{"role": ..., "content": ...}, ...]
+FORMS = {
+    "strings": "prompt, chosen and rejected are texts",
+    "dialogues": "chosen and rejected are texts, the whole dialogue; the last 'Assistant:' ends the prompt",
+    "messages": "prompt, chosen and rejected are lists of messages, or a text in place of a single one",
+    "conversations": "chosen and rejected are lists of all messages; the last one they share ends the prompt",
+}
 TURN = "\n\nAssistant:"        # Anthropic's dialogues: the last one of these ends the prompt
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Record(NamedTuple):
-    prompt: str
-    chosen: str
-    rejected: str               # "" where there is none (sft)
+    prompt: Text
+    chosen: Text                # a string if the prompt is; else messages, all of which are scored
+    rejected: Text              # "" where there is none (sft)
     dispersion: float | None    # phi(x) that the data carries
+    votes: list[int] | None     # how many people were for [chosen, rejected]
+    form: str
 
 
 def parse(item, need_rejected: bool = True) -> Record:
-    """A decoded line -> Record.  Raises BadData that says what is wrong with it."""
+    """A decoded record -> Record.  Raises BadData that says what is wrong with it."""
     if not isinstance(item, dict):
         raise BadData(f"is {_kind(item)}, not an object with prompt, chosen and rejected")
-    needed = ["prompt", "chosen", "rejected"] if need_rejected or "rejected" in item else ["prompt", "chosen"]
-    if "prompt" not in item and {"chosen", "rejected"} <= item.keys():
-        item = {**item, **_split_dialogue(item["chosen"], item["rejected"])}
-    for name in needed:
-        if name not in item:
-            raise BadData(f"has no {name!r} (it has {', '.join(map(repr, item)) or 'nothing'})")
-        if not isinstance(item[name], str):
-            raise BadData(f"{name!r} is {_kind(item[name])}, not a string")
-        if name != "prompt" and not item[name]:
-            raise BadData(f"{name!r} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in item[name]):
-            raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no character")
-    if item["chosen"] == item.get("rejected"):
+    names = ["chosen", "rejected"] if need_rejected or "rejected" in item else ["chosen"]
+    if missing := [name for name in names if name not in item]:
+        missing = ["prompt"] * ("prompt" not in item) + missing
+        raise BadData(f"has no {missing[0]!r} (it has {', '.join(map(repr, item)) or 'nothing'})")
+    prompt, *sides = [_text(name, item[name]) if name in item else None for name in ("prompt", *names)]
+    if sides[1:] == sides[:1]:
         raise BadData("'chosen' and 'rejected' are the same text: there is no preference to learn")
-    phi = item.get("dispersion")
+    form, prompt, sides = _arrange(prompt, sides)
+    if empty := [name for name, side in zip(names, sides) if not plain(side)]:
+        raise BadData(f"{empty[0]!r} is empty")
+    phi, votes = item.get("dispersion"), item.get("votes")
     if phi is not None and (isinstance(phi, bool) or not isinstance(phi, int | float) or not 0 < phi <= 1):
         raise BadData(f"'dispersion' is {phi!r}, not a number phi with 0 < phi <= 1")
-    return Record(item["prompt"], item["chosen"], item.get("rejected", ""), phi)
+    if votes is not None and not (isinstance(votes, list) and len(votes) == 2 and any(votes)
+                                  and all(type(count) is int and 0 <= count < 1 << 31 for count in votes)):
+        raise BadData(f"'votes' is {votes!r}, not [for chosen, for rejected], two counts of which one is above 0")
+    return Record(prompt, *[*sides, ""][:2], phi, votes, form)
 
 
-def _split_dialogue(chosen, rejected) -> dict:
+def plain(text: Text) -> str:
+    return text if isinstance(text, str) else "".join(message["content"] for message in text)
+
+
+def _text(name: str, value) -> Text:
+    """A string, or messages whose contents are strings (a content of text parts is joined); checked."""
+    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no character")
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise BadData(f"{name!r} is {_kind(value)}, not a string, nor a list of messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
+                                             and isinstance(part.get("text"), str) for part in content):
+            content = "".join(part["text"] for part in content)
+        if role not in ROLES or not isinstance(content, str):
+            raise BadData(f"{name!r}, message {number}: has the role {role!r} and as content {_kind(content)}, not one "
+                          f"of {', '.join(ROLES)} and a text (it has {', '.join(map(repr, message)) or 'nothing'})")
+        messages.append({key: x for key, x in message.items() if x is not None} | {"content": content})
+    return messages
+
+
+def _arrange(prompt: Text | None, sides: list[Text]) -> tuple[str, Text, list[Text]]:
+    """The name of the form, the prompt, and the responses without it: all strings, or all messages."""
+    lists = {isinstance(side, list) for side in sides}
+    if len(lists) == 2:
+        raise BadData("'chosen' and 'rejected' differ in form: one is a string, one is a list of messages")
+    if lists == {False}:
+        if not isinstance(prompt, list):
+            return ("strings", prompt, sides) if prompt is not None else ("dialogues", *_split_dialogues(sides))
+        sides = [[{"role": "assistant", "content": side}] for side in sides]
+    form, count = "messages", min(map(len, sides)) - (len(sides) == 1)
+    if prompt is None or any(side[0]["role"] != "assistant" for side in sides):
+        shared = sides[0][:next((i for i, row in enumerate(zip(*sides)) if row[0] != row[-1]), count)]
+        if prompt not in (None, shared, *(message["content"] for message in shared)):
+            raise BadData("'prompt' is not what the conversations in 'chosen' and 'rejected' both begin with")
+        form, prompt, sides = "conversations", shared, [side[len(shared):] for side in sides]
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    asked, *answers = [", ".join(message["role"] for message in part) or "nothing" for part in (prompt, *sides)]
+    if asked.endswith(("assistant", "nothing")) or not all(re.fullmatch("assistant(, .*)?", x) for x in answers):
+        raise BadData(f"splits into the prompt: {asked}; and the responses: {'; '.join(answers)}; but a prompt has "
+                      "messages, the last of them to be answered, and a response begins with one of the assistant")
+    return form, prompt, sides
+
+
+def _split_dialogues(sides: list[str]) -> tuple[str, list[str]]:
     """Anthropic's form: both sides hold the dialogue; they must agree up to the last assistant turn."""
-    sides = [text.rpartition(TURN) for text in (chosen, rejected) if isinstance(text, str) and TURN in text]
-    if len(sides) != 2:
+    starts, turns, responses = zip(*(text.rpartition(TURN) for text in sides))
+    if not all(turns):
         raise BadData(f"has no 'prompt', and its responses are not dialogues with {TURN!r} either")
-    if sides[0][0] != sides[1][0]:
+    if starts[0] != starts[-1]:
         raise BadData(f"has no 'prompt', and its two dialogues differ before the last {TURN!r}")
-    return {"prompt": sides[0][0] + TURN, "chosen": sides[0][2], "rejected": sides[1][2]}
+    return starts[0] + TURN, list(responses)
 
 
 def _kind(value) -> str:
@@ -84,60 +148,185 @@ def _kind(value) -> str:
     return names.get(type(value), f"the number {value!r}")
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of each line that is not blank, of a plain or .gz file in UTF-8."""
-    number = 0
+def decode_json(text: bytes):
+    def unique(items):
+        if len(dict(items)) < len(items):
+            raise BadData(f"names something twice: {', '.join(repr(name) for name, _ in items)}")
+        return dict(items)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise BadData(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadData(f"{path}:{number + 1}: the gzip file is broken ({error})") from None
-    except OSError as error:
-        raise BadData(f"{path}: {error.strerror or error}") from None
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)   # int refuses NaN
+    except BadData:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'} ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. Tokens
+# 2. Files, here or on the Hugging Face hub
+
+LONGEST = 1 << 28              # bytes of a line, or of an array: no more is read into memory
+REPO = r"(?P<repo_id>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[^/]+))?"
+
+
+def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", text) of each line that is not blank, of a plain or .gz file; ("file:record", text) of each item,
+    if a .json file holds an array."""
+    path, number = fetch(name), 0
+    if ".parquet" in path.suffixes:
+        raise BadData(f"{name}: Parquet is not read; make it JSON Lines, for example with pandas: "
+                      "read_parquet(file).to_json('pairs.jsonl', orient='records', lines=True)")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            read = file.read if array else file.readline
+            for number, line in enumerate(iter(lambda: read(LONGEST + 1), b""), 1):
+                if len(line) > LONGEST:
+                    raise BadData(f"longer than {LONGEST:,} bytes; write one record a line")
+                if array:
+                    for record, item in enumerate(decode_json(line), 1):
+                        yield f"{name}:{record}", json.dumps(item).encode()
+                elif line.strip():
+                    yield f"{name}:{number}", line
+    except BadData as error:
+        raise BadData(f"{name}:{number}: {error}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
+    except OSError as error:
+        raise BadData(f"{name}: {error.strerror or error}") from None
+
+
+def fetch(name: str | Path) -> Path:
+    """Where a data file is; hf://datasets/owner/name[@revision]/path is first brought into the hub's cache."""
+    if not str(name).startswith("hf://"):
+        return Path(name)
+    return _download("hf_hub_download", str(name), f"hf://datasets/{REPO}/(?P<filename>.+)", repo_type="dataset")
+
+
+def find_model(name: str | Path) -> Path:
+    """A model's folder; owner/name[@revision] that is none is first brought into the hub's cache, without pickles."""
+    if Path(name).exists() or not re.fullmatch(REPO, str(name)):
+        return Path(name)
+    return _download("snapshot_download", str(name), REPO, ignore_patterns=["*/*", "consolidated*"],
+                     allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+
+
+def _download(function: str, name: str, pattern: str, **options) -> Path:
+    if not (match := re.fullmatch(pattern, name)):
+        raise BadData(f"{name}: not of the form hf://datasets/owner/name/path, or owner/name@revision/path")
+    try:
+        import huggingface_hub
+        return Path(getattr(huggingface_hub, function)(**match.groupdict(), **options))
+    except Exception as error:                          # of the network, the disk, the hub: all kinds
+        raise BadData(f"{name}: not here, and not had from the Hugging Face hub ({type(error).__name__}: "
+                      f"{' '.join(str(error).split())[:400]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Tokens
+
+RENDERING = 5.0, 1 << 30       # seconds and bytes that a chat template may take: it is a stranger's program
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, room: int):
+    """TimeoutError after so many seconds (in the main thread), MemoryError beyond so many bytes more (on Linux)."""
+    def late(*_):
+        raise TimeoutError(f"still running after {seconds} seconds")
+    with contextlib.ExitStack() as undo:
+        if sys.platform == "linux":
+            import resource
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + room
+            undo.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (limit if soft < 0 else min(limit, soft), hard))
+        if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+            undo.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, late))
+            undo.callback(signal.setitimer, signal.ITIMER_REAL, *signal.setitimer(signal.ITIMER_REAL, seconds, 0.1))
+        yield
+
+
+def compile_template(source: str):
+    """A chat template in jinja2's sandbox, with what transformers gives to it."""
+    import jinja2.sandbox
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    world = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                         extensions=["jinja2.ext.loopcontrols"])
+    world.filters["tojson"] = tojson
+    world.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+    # {% generation %} marks what the assistant says: here a scope, no more.
+    return world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
+
+
+def _settings(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return content if isinstance(content, dict) else {}
+    except ValueError as error:
+        raise BadData(f"{path}: not JSON ({error})") from None
+
 
 class Tokenizer:
-    """The tokenizer.json of a model folder, with the one way we use it: ids are assembled here, never by a template."""
+    """The tokenizer.json of a model folder and its chat template, with the one way we use them."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
+        config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
         except Exception as error:                      # the library raises nothing narrower
-            raise BadData(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
+            raise BadData(f"{folder}: not a tokenizer ({error})") from None
         self.backend.no_truncation()
         self.backend.no_padding()
+        if "added_tokens_decoder" not in config:        # older folders name their tokens elsewhere
+            config |= _settings(folder / "special_tokens_map.json")
+        tokens = {key: token.get("content") if isinstance(token, dict) else token
+                  for key, token in config.items() if key.endswith("_token")}
+        self.tokens = {key: token for key, token in tokens.items() if isinstance(token, str)}    # names for templates
+        if isinstance(template, list):
+            template = dict(map(dict.values, template)).get("default")
+        self.template = template                        # a string, once used compiled; None without
         self.eos = self._find_eos(folder)
+        self.ends = {self.eos, *self.backend.get_added_tokens_decoder()}       # a turn of a chat ends with one of them
         added, plain = self.backend.encode("a").ids, self._encode("a")
         self.bos = next(added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain)
         # Some tokenizers put a space before every text; behind an anchor they do not.
         self.anchor = "" if self._decode(self._encode("a") + self._encode("b")) == "ab" else "\n"
 
     def _find_eos(self, folder: Path) -> int:
-        def settings(name):
-            try:
-                content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-                return content if isinstance(content, dict) else {}
-            except ValueError as error:
-                raise BadData(f"{folder / name}: not JSON ({error})") from None
-        token = settings("tokenizer_config.json").get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and self.backend.token_to_id(token) is not None:
-            return self.backend.token_to_id(token)
+        if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
+            return found
         for name in ("generation_config.json", "config.json"):
-            found = settings(name).get("eos_token_id")
+            found = _settings(folder / name).get("eos_token_id")
             if found is not None:
                 return found[0] if isinstance(found, list) and found else found
         raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
+
+    def render(self, chat: list[dict], answer: bool) -> str:
+        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.
+
+        A message that spells a special token becomes that token, as in transformers.  Raises BadData.
+        """
+        if self.template is None:
+            raise BadData("holds messages, but the tokenizer has no chat template: use a chat model, or strings")
+        try:
+            with bounded(*RENDERING):
+                if isinstance(self.template, str):
+                    self.template = compile_template(self.template)
+                text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
+                                            **self.tokens)
+            if len(text) > (1 << 20) + 8 * len(plain(chat)):
+                raise OverflowError(f"{len(text):,} characters from {len(plain(chat)):,}")
+            return text
+        except Exception as error:                      # a template can raise anything
+            raise BadData(f"the chat template fails ({type(error).__name__}: {str(error)[:300]})") from None
 
     def _encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -145,36 +334,71 @@ class Tokenizer:
     def _decode(self, ids):
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def prompt(self, text: str) -> list[int]:
+    def _continue(self, text):
+        return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
+
+    def prompt(self, text: Text) -> list[int]:
+        """Ids of a string, with the token that starts a text; or of a chat, with the beginning of the assistant's
+        turn, where the template alone decides on a token that starts it."""
+        if isinstance(text, list):
+            return self._encode(self.render(text, True))
         ids = self._encode(text)
         return ids if ids[:len(self.bos)] == self.bos else self.bos + ids
 
     def response(self, text: str) -> list[int]:
         """Ids of a text that continues another one, and the end token (once)."""
-        ids = self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
+        ids = self._continue(text)
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def text(self, ids) -> str:
         return self._decode(ids)
 
     def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected ids.  Raises BadData unless they decode to exactly the record's text."""
-        prompt, sides = self.prompt(record.prompt), (record.chosen, record.rejected)
+        """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
+        string; to a rendered chat but for white space, which some special tokens take in."""
+        start = self.render(record.prompt, True) if isinstance(record.prompt, list) else record.prompt
+        prompt = self._encode(start) if start is not record.prompt else self.prompt(start)
         if not prompt:
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        responses = [self.response(side) if side else [] for side in sides]
-        plain = prompt[len(self.bos):] if not record.prompt.startswith(self.text(self.bos)) or not self.bos else prompt
-        for name, side, ids in zip(("chosen", "rejected"), sides, responses):
-            body = ids if side.endswith(self.text([self.eos])) else ids[:-1]
-            if side and self.text([*plain, *body]) != record.prompt + side:
-                raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer "
-                              "changes or drops a character there; move the space or line break at the seam into the "
+        responses = []
+        for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
+            if isinstance(side, str):
+                ids, same = self._string(record.prompt, prompt, side) if side else ([], True)
+            else:
+                ids, same = self._turn(record.prompt, start, prompt, side)
+            if not same:
+                raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
+                              "or drops a character there; move the space or line break at the seam into the "
                               "response, or remove the character")
+            responses.append(ids)
+        if responses[0] == responses[1]:
+            raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
         return prompt, *responses
+
+    def _string(self, start: str, prompt: list[int], side: str) -> tuple[list[int], bool]:
+        """Ids of a response, and whether all decodes to its text."""
+        ids = self.response(side)
+        plain = prompt[len(self.bos):] if not start.startswith(self.text(self.bos)) or not self.bos else prompt
+        body = ids if side.endswith(self.text([self.eos])) else ids[:-1]
+        return ids, self.text([*plain, *body]) == start + side
+
+    def _turn(self, chat: list[dict], start: str, prompt: list[int], side: list[dict]) -> tuple[list[int], bool]:
+        """The same of what the template writes behind the prompt, up to the last added token (<|im_end|>, </s>), if
+        only white space follows that one; a template that ends no turn so gets the end token."""
+        whole = self.render(chat + side, False)
+        if not whole.startswith(start) or not whole[len(start):].strip():
+            at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
+            raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, where "
+                          f"with a response behind it there is {whole[at:at + 50]!r}")
+        ids = self._encode(whole)                                       # as transformers does, if the seam holds
+        ids = ids[len(prompt):] if ids[:len(prompt)] == prompt else self._continue(whole[len(start):])
+        same = "".join(self.text(prompt + ids).split()) == "".join(whole.split())
+        last = max((i for i, token in enumerate(ids) if token in self.ends), default=len(ids))
+        return (ids[:last + 1] if last < len(ids) and not self.text(ids[last + 1:]).strip() else [*ids, self.eos]), same
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Pairs, and the length policy: too long -> the prompt is cut from the left; a response is never cut
+# 4. Pairs, and the length policy: too long -> the prompt is cut from the left; a response is never cut
 
 class Pair(NamedTuple):
     prompt: np.ndarray           # int32 token ids
@@ -182,6 +406,7 @@ class Pair(NamedTuple):
     rejected: np.ndarray         # empty where there is none (sft)
     dispersion: float | None
     where: str                   # file:line
+    votes: list[int] | None = None
 
     def cost(self) -> int:
         """Tokens in a row: the prompt once, each response without its last token, from which nothing is predicted."""
@@ -204,52 +429,58 @@ class Dataset(NamedTuple):
                 + f", skipped {self.bad:,} bad records" * bool(self.bad))
 
 
-def load_pairs(path: str | Path, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
+def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -> Iterator[tuple]:
+    """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
+    of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
+    for where, line in (found for name in ([names] if isinstance(names, str | Path) else names)
+                        for found in read_lines(name)):
+        try:
+            record = parse(decode_json(line), need_rejected)
+            yield where, record, tokenizer.pair(record) if tokenizer else tuple(map(plain, record[:3]))
+        except BadData as error:
+            yield where, error, None
+
+
+def fit(ids, bos: list[int], max_tokens: int) -> list[int] | None:
+    """The prompt of (prompt, chosen, rejected), cut from the left as far as it must be; None if that is not enough."""
+    prompt, room = ids[0], max_tokens - max(len(ids[1]), len(ids[2]))
+    if room < len(bos) + 1:
+        return None
+    start = bos if prompt[:len(bos)] == bos else []
+    return prompt if len(prompt) <= room else start + prompt[len(prompt) - room + len(start):]
+
+
+def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
                skip_bad: bool = False, need_rejected: bool = True) -> Dataset:
-    """Read, check and tokenise a file of records.
+    """Read, check and tokenise one or several files of records.
 
     max_tokens bounds prompt + response.  Raises BadData with file and line at the first bad record (skip_bad counts
     them instead), if more than the share max_dropped of the pairs does not fit, and if nothing is left.
     """
     pairs, cut, dropped, bad = [], 0, [], 0
-    for where, line in read_lines(Path(path)):
-        try:
-            record = parse(_decode_json(line), need_rejected)
-            prompt, chosen, rejected = tokenizer.pair(record)
-        except BadData as error:
+    for where, record, ids in read_pairs(names, tokenizer, need_rejected):
+        if isinstance(record, BadData):
             if not skip_bad:
-                raise BadData(f"{where}: {error}") from None
+                raise BadData(f"{where}: {record}")
             bad += 1
             continue
-        room = max_tokens - max(len(chosen), len(rejected))
-        if room < len(tokenizer.bos) + 1:
+        prompt = fit(ids, tokenizer.bos, max_tokens)
+        if prompt is None:
             dropped.append(where)
             continue
-        if len(prompt) > room:
-            cut += 1
-            start = tokenizer.bos if prompt[:len(tokenizer.bos)] == tokenizer.bos else []
-            prompt = start + prompt[len(prompt) - room + len(start):]
-        arrays = (np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected))
-        pairs.append(Pair(*arrays, record.dispersion, where))
+        cut += len(prompt) < len(ids[0])
+        arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
+        pairs.append(Pair(*arrays, record.dispersion, where, record.votes))
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
     if not pairs:
-        raise BadData(f"{path}: no pairs in it" + (f" ({bad:,} bad records skipped)" if bad else ""))
+        raise BadData(f"{names}: no pairs in it" + (f" ({bad:,} bad records skipped)" if bad else ""))
     return Dataset(pairs, cut, len(dropped), bad)
 
 
-def _decode_json(line: str):
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise BadData(f"not JSON ({error})") from None
-    except RecursionError:
-        raise BadData("not a record (nested too deeply)") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# 4. The schedule: which pairs a step takes and how they lie in rows, a pure function of (seed, step)
+# 5. The schedule: which pairs a step takes and how they lie in rows, a pure function of (seed, step)
 
 class Schedule:
     """Order, epochs, packing and each rank's share.  Step s takes the next batch_size pairs of an endless sequence of
@@ -330,7 +561,7 @@ def collate(groups: list[tuple[np.ndarray, ...]], device: str | torch.device = "
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. What the reference said of each pair, kept in a file
+# 6. What the reference said of each pair, kept in a file
 
 class Scores(NamedTuple):
     """What the reference said of one pair: float32 arrays over the tokens of chosen, then rejected."""
@@ -380,7 +611,7 @@ def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. The demo: a population whose dispersion is known
+# 7. The demo: a population whose dispersion is known
 
 # A question, and its answers from the population's favourite down.  From agreement to dispute: phi rises with the line.
 QUESTIONS = """
@@ -531,38 +762,94 @@ def write_jsonl(path: Path, rows) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# 8. The data doctor
 
-def show(pair: Pair, tokenizer: Tokenizer) -> None:
+def show(tokenizer: Tokenizer, where: str, prompt: list[int], *sides: list[int]) -> None:
     """Print a pair; bars stand between the scored tokens."""
-    print(f"\n{pair.where}: {len(pair.prompt)} prompt tokens, {len(pair.chosen)} and {len(pair.rejected)} scored ones")
-    print("  prompt    " + repr(tokenizer.text(pair.prompt[-60:])) + (" (its end)" if len(pair.prompt) > 60 else ""))
-    for name, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    print(f"\n{where}: {len(prompt)} prompt tokens, {' and '.join(str(len(ids)) for ids in sides)} scored ones")
+    print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
+    for name, ids in zip(("chosen", "rejected"), sides):
         shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
         print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
 
 
+class Fact(NamedTuple):
+    """What the doctor notes of a usable pair."""
+    form: str
+    lengths: list[int]           # of prompt, chosen, rejected; in tokens, or without a tokenizer in characters
+    fate: str                    # "whole", "cut" or "dropped"
+    spaced: int                  # how many of the responses start with a space
+    prompt: bytes                # digests
+    pair: bytes
+    opposite: bytes              # of the pair, were the other response the chosen one
+
+
+def note(record: Record, ids, tokenizer: Tokenizer | None, max_tokens: int) -> Fact:
+    def digest(*texts):
+        return hashlib.sha256(json.dumps(texts).encode()).digest()[:16]
+    prompt, chosen, rejected, *_ = record
+    kept = fit(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
+    return Fact(record.form, [len(part) for part in ids],
+                "dropped" if kept is None else "cut" if len(kept) < len(ids[0]) else "whole",
+                sum(plain(side).startswith(" ") for side in (chosen, rejected)),
+                digest(prompt), digest(prompt, chosen, rejected), digest(prompt, rejected, chosen))
+
+
+def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int) -> bool:
+    """Print what is in files of records, to the last one, and some pairs -> whether nothing is wrong with them."""
+    bad, facts, first = [], [], []
+    for name in names:
+        try:
+            for where, record, ids in read_pairs(name, tokenizer):
+                if isinstance(record, BadData):
+                    bad.append((f"{where}: {record}", str(record)))
+                    continue
+                facts.append(note(record, ids, tokenizer, max_tokens))
+                first += [(where, *ids)] if tokenizer and len(first) < examples else []
+        except BadData as error:
+            bad.append((str(error), "the rest of a file that cannot be read"))
+    print(f"{', '.join(names)}: {len(facts) + len(bad):,} records, {len(facts):,} of them usable pairs")
+    for form, count in Counter(fact.form for fact in facts).most_common():
+        print(f"{count:>9,}  {form}: {FORMS[form]}")
+    if facts:
+        lengths = np.array([fact.lengths for fact in facts])
+        print(f"\n{'in tokens' if tokenizer else 'in characters':<17}     5 %    25 %    50 %    75 %    95 % longest")
+        for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
+            print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
+        longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
+        print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
+              f"{sum(fact.spaced for fact in facts) / len(facts) / 2:>9.1%}  of the responses start with a space")
+    pairs, fates = {fact.pair for fact in facts}, Counter(fact.fate for fact in facts)
+    opposed, same = sum(fact.opposite in pairs for fact in facts), sum("are the same text" in kind for _, kind in bad)
+    rows = [(fates["cut"], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
+            (fates["dropped"], "pairs are dropped: a response does not fit", fates["dropped"] > 0.1 * len(facts)),
+            (len(facts) - len({fact.prompt for fact in facts}), "pairs have the prompt of an earlier one", False),
+            (len(facts) - len(pairs), "pairs repeat an earlier one exactly", False),
+            (opposed, "pairs are contradicted: the file has the same two responses the other way round", opposed > 0),
+            (same, "records have identical responses", same > 0), (len(bad), "records are bad", bad or not facts)]
+    for count, what, wrong in rows:
+        print(f"{count:>9,}  {what}" + "  <- wrong" * bool(wrong))
+    for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
+        print(f"{count:>9,}      {kind}")
+    print(*(f"  {message}" for message, _ in bad[:5]), sep="\n")
+    for pair in first:
+        show(tokenizer, *pair)
+    return not any(wrong for _, _, wrong in rows)
+
+
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Check a file of preference pairs, and show the "
-                                     "tokens that are scored.")
-    parser.add_argument("file", help="JSON Lines, plain or .gz")
-    parser.add_argument("--model", required=True, help="model folder with tokenizer.json")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Check files of preference pairs, and show the "
+                                     "tokens that are scored.  Exit status 1 if something is wrong with them.")
+    parser.add_argument("files", nargs="+", help="JSON Lines or a JSON array, plain or .gz; hf://datasets/owner/name/path")
+    parser.add_argument("--model", help="folder with tokenizer.json, or owner/name on the hub; without, text is counted")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest prompt + response")
     parser.add_argument("--show", type=int, default=2, help="how many pairs to print")
     args = parser.parse_args()
     try:
-        tokenizer = Tokenizer(args.model)
-        data = load_pairs(args.file, tokenizer, args.max_tokens)
+        sys.exit(not examine(args.files, args.model and Tokenizer(find_model(args.model)), args.max_tokens, args.show))
     except BadData as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(f"{args.file}: {data}")
-    print(f"end token {tokenizer.text([tokenizer.eos])!r}, start {tokenizer.text(tokenizer.bos)!r}")
-    for name in ("prompt", "chosen", "rejected"):
-        lengths = np.array([len(getattr(pair, name)) for pair in data.pairs])
-        low, middle, high = np.quantile(lengths, [0.05, 0.5, 0.95])
-        print(f"{name:<9} tokens: median {middle:.0f}, 5 to 95 % {low:.0f} to {high:.0f}, longest {lengths.max()}")
-    for pair in data.pairs[:args.show]:
-        show(pair, tokenizer)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_bad_records_say_what_is_wrong(item, words):
 def test_anthropic_form_splits_at_the_last_turn():
     start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more?\n\nAssistant:"
     record = parse({"chosen": start + " yes", "rejected": start + " no"})
-    assert record == (start, " yes", " no", None)
+    assert record == (start, " yes", " no", None, None, "dialogues")
 
 
 def test_sft_needs_no_rejected():
