@@ -47,6 +47,7 @@ from data import (
     Tokenizer,
     collate,
     compare_at,
+    find_model,
     load_pairs,
     lock,
     read_reference,
@@ -661,8 +662,11 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     """Everything from a folder and a file to a trained folder."""
     out, method = Path(cfg.out), cfg.method
     torch.manual_seed(cfg.seed)
+    folder = world.agree(lambda: str(find_model(cfg.model)))       # the first rank fetches what is on the hub
     frozen = world.dtype if cfg.lora_rank and world.device.type == "cuda" else torch.float32
-    model, tokenizer = Transformer.from_pretrained(cfg.model, world.device, frozen), Tokenizer(cfg.model)
+    model, tokenizer = Transformer.from_pretrained(folder, world.device, frozen), Tokenizer(folder)
+    for note in model.notes:
+        world.say(f"note        {note}")
     others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}
     if others:
         raise BadConfig(f"--out {out} holds weights of another model ({min(others)}); choose another folder")
