@@ -99,8 +99,7 @@ def sliding_layers(c: dict, window: int | None) -> Container[int]:
     if kinds is None:
         return range(layers if window is None else c.get("max_window_layers", 28), layers)
     if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise BadModel(f"asks for layer_types={kinds}; known, for each of {layers} layers: full_attention and "
-                       "sliding_attention")
+        raise BadModel(f"asks for layer_types={kinds}, not full_ or sliding_attention for each of {layers} layers")
     return [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
 
 
@@ -267,12 +266,13 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None for _ in "qk")
 
     def forward(self, x, rope, mask, cache):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:                                  # in float32 under autocast, like the other norms
+            q, k = (f(x.to(f.weight.dtype)).to(v.dtype) for f, x in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
@@ -603,6 +603,7 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)              # as in save_pretrained
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -139,6 +139,18 @@ def test_packed_scores_equal_each_response_alone(make_model, name):
                 assert (rows.total(entropy).flatten() - torch.stack(want_entropy)[at]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["neox", "qwen3-window"])
+@pytest.mark.filterwarnings("error")
+def test_bfloat16_autocast_gives_nearly_the_same(make_model, name):
+    model = Transformer.from_pretrained(make_model(name))
+    rows = collate(some_groups(model))
+    want, _ = model(*rows.inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = model(*rows.inputs())
+        got.sum().backward()
+    assert 0 < (got - want).abs().max() < 0.1 and got.dtype == torch.float32
+
+
 def test_responses_do_not_see_each_other(make_model):
     model = Transformer.from_pretrained(make_model())
     groups = some_groups(model, responses=3)
