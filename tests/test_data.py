@@ -187,7 +187,8 @@ def test_length_policy(tmp_path):
         assert tokenizer.text(pair.chosen[:-1]) == row["chosen"]
         assert tokenizer.text(pair.rejected[:-1]) == row["rejected"]
         assert pair.prompt[0] == 0 and row["prompt"].endswith(tokenizer.text(pair.prompt[1:])) and len(pair.prompt) > 1
-        assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 36
+        total = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        assert total <= 36 and (total == 36 or tokenizer.text(pair.prompt[1:]) == row["prompt"])
     with pytest.raises(BadData, match=r"f.jsonl:\d+: a response does not fit into --max-tokens 36"):
         load_pairs(tmp_path / "f.jsonl", tokenizer, 36)
 
@@ -258,6 +259,24 @@ def test_chats_are_rendered_and_tokenised_as_by_transformers(chat_model, name):
 
 def ours_source(name):
     return (TEMPLATES / f"{name}.jinja").read_text()
+
+
+@pytest.mark.parametrize("rstrip", [False, True])
+def test_chats_where_special_tokens_take_in_white_space(tmp_path, rstrip):
+    """A tokenizer that puts a space before every text, and tokens that swallow the line break behind them."""
+    ours = special_tokenizer(tmp_path, "space")
+    ours.backend.add_special_tokens([tokenizers.AddedToken(text, rstrip=rstrip)
+                                     for text in ("<|user|>", "<|assistant|>", "<|end|>")])
+    ours.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}")
+    ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt, chosen, _ = ours.pair(parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "no"}))
+    whole = theirs.apply_chat_template(say("is it?", "yes."), return_dict=False)
+    assert prompt + chosen == whole[:len(prompt + chosen)] and theirs.decode(chosen).endswith("<|end|>")
+    with pytest.raises(BadData, match="tokens of 'prompt' and 'rejected' do not decode"):
+        ours.pair(parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "\N{SNOWMAN}"}))
 
 
 def test_where_a_template_is_found(chat_model):
