@@ -184,7 +184,7 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
                         yield f"{name}:{record}", json.dumps(item).encode()
                 elif line.strip():
                     yield f"{name}:{number}", line
-    except BadData as error:
+    except (BadData, RecursionError) as error:
         raise BadData(f"{name}:{number}: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
@@ -426,8 +426,8 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -
         try:
             record = parse(decode_json(line), need_rejected)
             yield where, record, tokenizer.pair(record) if tokenizer else tuple(map(plain, record[:3]))
-        except BadData as error:
-            yield where, error, None
+        except (BadData, RecursionError) as error:      # the latter from thousands of brackets
+            yield where, BadData(str(error)), None
 
 
 def fit(ids, bos: list[int], max_tokens: int) -> list[int] | None:

@@ -433,6 +433,16 @@ def test_files_that_are_no_records(tmp_path, tokenizer, name, content, words):
     assert words in str(error.value)
 
 
+def test_brackets_of_any_depth(tmp_path, tokenizer):
+    for depth in range(900, 1000):
+        row = json.dumps({"prompt": [{"role": "user", "content": "a", "x": 1}], "chosen": "b", "rejected": "c"})
+        row = row.replace("1", "[" * depth + "]" * depth)
+        for name, text in (("f.jsonl", row), ("f.json", f"[{row}]")):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(BadData, match="no chat template|recursion"):
+                load_pairs(tmp_path / name, tokenizer, 50)
+
+
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("data.LONGEST", 1 << 20)
     with open(tmp_path / "f.jsonl", "wb") as file:
