@@ -66,8 +66,7 @@ def parse(item, need_rejected: bool = True) -> Record:
     if not isinstance(item, dict):
         raise BadData(f"is {_kind(item)}, not an object with prompt, chosen and rejected")
     names = ["chosen", "rejected"] if need_rejected or "rejected" in item else ["chosen"]
-    if missing := [name for name in names if name not in item]:
-        missing = ["prompt"] * ("prompt" not in item) + missing
+    if (missing := [name for name in ("prompt", *names) if name not in item]) not in ([], ["prompt"]):
         raise BadData(f"has no {missing[0]!r} (it has {', '.join(map(repr, item)) or 'nothing'})")
     prompt, *sides = [_text(name, item[name]) if name in item else None for name in ("prompt", *names)]
     if sides[1:] == sides[:1]:
@@ -151,12 +150,10 @@ def _kind(value) -> str:
 def decode_json(text: bytes):
     def unique(items):
         if len(dict(items)) < len(items):
-            raise BadData(f"names something twice: {', '.join(repr(name) for name, _ in items)}")
+            raise ValueError(f"a name stands twice among {', '.join(repr(name) for name, _ in items)}")
         return dict(items)
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)   # int refuses NaN
-    except BadData:
-        raise
     except (ValueError, RecursionError) as error:
         raise BadData(f"not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'} ({error})") from None
 
@@ -165,7 +162,7 @@ def decode_json(text: bytes):
 # 2. Files, here or on the Hugging Face hub
 
 LONGEST = 1 << 28              # bytes of a line, or of an array: no more is read into memory
-REPO = r"(?P<repo_id>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[^/]+))?"
+REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -173,8 +170,8 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
     if a .json file holds an array."""
     path, number = fetch(name), 0
     if ".parquet" in path.suffixes:
-        raise BadData(f"{name}: Parquet is not read; make it JSON Lines, for example with pandas: "
-                      "read_parquet(file).to_json('pairs.jsonl', orient='records', lines=True)")
+        raise BadData(f"{name}: Parquet is not read; make it JSON Lines, for example by pandas.read_parquet(file)"
+                      ".to_json('pairs.jsonl', orient='records', lines=True)")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
@@ -187,7 +184,7 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
                         yield f"{name}:{record}", json.dumps(item).encode()
                 elif line.strip():
                     yield f"{name}:{number}", line
-    except BadData as error:
+    except (BadData, RecursionError) as error:
         raise BadData(f"{name}:{number}: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
@@ -197,27 +194,25 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
 
 def fetch(name: str | Path) -> Path:
     """Where a data file is; hf://datasets/owner/name[@revision]/path is first brought into the hub's cache."""
-    if not str(name).startswith("hf://"):
-        return Path(name)
-    return _download("hf_hub_download", str(name), f"hf://datasets/{REPO}/(?P<filename>.+)", repo_type="dataset")
+    match = re.fullmatch(f"hf://datasets/{REPO}/(.+)", str(name))
+    if str(name).startswith("hf:") and not match:
+        raise BadData(f"{name}: not of the form hf://datasets/owner/name/path, or owner/name@revision/path")
+    return _download(match, repo_type="dataset", allow_patterns=[match[3]]) / match[3] if match else Path(name)
 
 
 def find_model(name: str | Path) -> Path:
     """A model's folder; owner/name[@revision] that is none is first brought into the hub's cache, without pickles."""
-    if Path(name).exists() or not re.fullmatch(REPO, str(name)):
-        return Path(name)
-    return _download("snapshot_download", str(name), REPO, ignore_patterns=["*/*", "consolidated*"],
-                     allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+    match = re.fullmatch(REPO, str(name))
+    return Path(name) if Path(name).exists() or not match else _download(
+        match, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], ignore_patterns=["*/*"])
 
 
-def _download(function: str, name: str, pattern: str, **options) -> Path:
-    if not (match := re.fullmatch(pattern, name)):
-        raise BadData(f"{name}: not of the form hf://datasets/owner/name/path, or owner/name@revision/path")
+def _download(match: re.Match, **files) -> Path:
     try:
         import huggingface_hub
-        return Path(getattr(huggingface_hub, function)(**match.groupdict(), **options))
+        return Path(huggingface_hub.snapshot_download(match[1], revision=match[2], **files))
     except Exception as error:                          # of the network, the disk, the hub: all kinds
-        raise BadData(f"{name}: not here, and not had from the Hugging Face hub ({type(error).__name__}: "
+        raise BadData(f"{match[0]}: not here, and not had from the Hugging Face hub ({type(error).__name__}: "
                       f"{' '.join(str(error).split())[:400]})") from None
 
 
@@ -291,14 +286,15 @@ class Tokenizer:
                   for key, token in config.items() if key.endswith("_token")}
         self.tokens = {key: token for key, token in tokens.items() if isinstance(token, str)}    # names for templates
         if isinstance(template, list):
-            template = dict(map(dict.values, template)).get("default")
+            template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
         self.template = template                        # a string, once used compiled; None without
         self.eos = self._find_eos(folder)
-        self.ends = {self.eos, *self.backend.get_added_tokens_decoder()}       # a turn of a chat ends with one of them
+        added = self.backend.get_added_tokens_decoder()
+        self.ends = {self.eos, *(i for i in added if added[i].content.strip())}      # a turn of a chat ends with one
         added, plain = self.backend.encode("a").ids, self._encode("a")
         self.bos = next(added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain)
         # Some tokenizers put a space before every text; behind an anchor they do not.
-        self.anchor = "" if self._decode(self._encode("a") + self._encode("b")) == "ab" else "\n"
+        self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
 
     def _find_eos(self, folder: Path) -> int:
         if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
@@ -331,9 +327,6 @@ class Tokenizer:
     def _encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _decode(self, ids):
-        return self.backend.decode(list(ids), skip_special_tokens=False)
-
     def _continue(self, text):
         return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
 
@@ -351,21 +344,19 @@ class Tokenizer:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def text(self, ids) -> str:
-        return self._decode(ids)
+        return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
         """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
         string; to a rendered chat but for white space, which some special tokens take in."""
-        start = self.render(record.prompt, True) if isinstance(record.prompt, list) else record.prompt
-        prompt = self._encode(start) if start is not record.prompt else self.prompt(start)
+        chat = isinstance(record.prompt, list)
+        start = self.render(record.prompt, True) if chat else record.prompt
+        prompt, responses = self._encode(start) if chat else self.prompt(start), []
         if not prompt:
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        responses = []
         for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
-            if isinstance(side, str):
-                ids, same = self._string(record.prompt, prompt, side) if side else ([], True)
-            else:
-                ids, same = self._turn(record.prompt, start, prompt, side)
+            whole = self.render([*record.prompt, *side], False) if chat and side else start + side
+            ids, same = (self._turn if chat else self._string)(start, whole, prompt) if side else ([], True)
             if not same:
                 raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
                               "or drops a character there; move the space or line break at the seam into the "
@@ -375,17 +366,15 @@ class Tokenizer:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
         return prompt, *responses
 
-    def _string(self, start: str, prompt: list[int], side: str) -> tuple[list[int], bool]:
-        """Ids of a response, and whether all decodes to its text."""
-        ids = self.response(side)
+    def _string(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
+        """Ids of what stands behind the start, and whether all decodes to the whole."""
+        ids = self.response(whole[len(start):])
         plain = prompt[len(self.bos):] if not start.startswith(self.text(self.bos)) or not self.bos else prompt
-        body = ids if side.endswith(self.text([self.eos])) else ids[:-1]
-        return ids, self.text([*plain, *body]) == start + side
+        return ids, self.text([*plain, *(ids if whole.endswith(self.text([self.eos])) else ids[:-1])]) == whole
 
-    def _turn(self, chat: list[dict], start: str, prompt: list[int], side: list[dict]) -> tuple[list[int], bool]:
-        """The same of what the template writes behind the prompt, up to the last added token (<|im_end|>, </s>), if
-        only white space follows that one; a template that ends no turn so gets the end token."""
-        whole = self.render(chat + side, False)
+    def _turn(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
+        """The same of a rendered chat, up to the last added token (<|im_end|>, </s>), if only white space follows it:
+        there the turn ends.  A template that ends no turn so gets the end token."""
         if not whole.startswith(start) or not whole[len(start):].strip():
             at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
             raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, where "
@@ -393,8 +382,8 @@ class Tokenizer:
         ids = self._encode(whole)                                       # as transformers does, if the seam holds
         ids = ids[len(prompt):] if ids[:len(prompt)] == prompt else self._continue(whole[len(start):])
         same = "".join(self.text(prompt + ids).split()) == "".join(whole.split())
-        last = max((i for i, token in enumerate(ids) if token in self.ends), default=len(ids))
-        return (ids[:last + 1] if last < len(ids) and not self.text(ids[last + 1:]).strip() else [*ids, self.eos]), same
+        last = max((i + 1 for i, token in enumerate(ids) if token in self.ends), default=0)
+        return ids[:last] if last and not self.text(ids[last:]).strip() else [*ids, self.eos], same
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -437,8 +426,8 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -
         try:
             record = parse(decode_json(line), need_rejected)
             yield where, record, tokenizer.pair(record) if tokenizer else tuple(map(plain, record[:3]))
-        except BadData as error:
-            yield where, error, None
+        except (BadData, RecursionError) as error:      # the latter from thousands of brackets
+            yield where, BadData(str(error)), None
 
 
 def fit(ids, bos: list[int], max_tokens: int) -> list[int] | None:
@@ -447,7 +436,7 @@ def fit(ids, bos: list[int], max_tokens: int) -> list[int] | None:
     if room < len(bos) + 1:
         return None
     start = bos if prompt[:len(bos)] == bos else []
-    return prompt if len(prompt) <= room else start + prompt[len(prompt) - room + len(start):]
+    return prompt if len(prompt) <= room else start + prompt[len(start) - room:]
 
 
 def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
@@ -773,30 +762,10 @@ def show(tokenizer: Tokenizer, where: str, prompt: list[int], *sides: list[int])
         print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
 
 
-class Fact(NamedTuple):
-    """What the doctor notes of a usable pair."""
-    form: str
-    lengths: list[int]           # of prompt, chosen, rejected; in tokens, or without a tokenizer in characters
-    fate: str                    # "whole", "cut" or "dropped"
-    spaced: int                  # how many of the responses start with a space
-    prompt: bytes                # digests
-    pair: bytes
-    opposite: bytes              # of the pair, were the other response the chosen one
-
-
-def note(record: Record, ids, tokenizer: Tokenizer | None, max_tokens: int) -> Fact:
+def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int) -> bool:
+    """Print what is in files of records, all of them read, and some pairs -> whether nothing is wrong with them."""
     def digest(*texts):
         return hashlib.sha256(json.dumps(texts).encode()).digest()[:16]
-    prompt, chosen, rejected, *_ = record
-    kept = fit(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
-    return Fact(record.form, [len(part) for part in ids],
-                "dropped" if kept is None else "cut" if len(kept) < len(ids[0]) else "whole",
-                sum(plain(side).startswith(" ") for side in (chosen, rejected)),
-                digest(prompt), digest(prompt, chosen, rejected), digest(prompt, rejected, chosen))
-
-
-def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int) -> bool:
-    """Print what is in files of records, to the last one, and some pairs -> whether nothing is wrong with them."""
     bad, facts, first = [], [], []
     for name in names:
         try:
@@ -804,44 +773,48 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
                 if isinstance(record, BadData):
                     bad.append((f"{where}: {record}", str(record)))
                     continue
-                facts.append(note(record, ids, tokenizer, max_tokens))
+                prompt, chosen, rejected, *_, form = record
+                kept = fit(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
+                facts.append(([len(part) for part in ids], form, None if kept is None else len(kept) < len(ids[0]),
+                              plain(chosen).startswith(" ") + plain(rejected).startswith(" "), digest(prompt),
+                              digest(prompt, chosen, rejected), digest(prompt, rejected, chosen)))
                 first += [(where, *ids)] if tokenizer and len(first) < examples else []
         except BadData as error:
             bad.append((str(error), "the rest of a file that cannot be read"))
-    print(f"{', '.join(names)}: {len(facts) + len(bad):,} records, {len(facts):,} of them usable pairs")
-    for form, count in Counter(fact.form for fact in facts).most_common():
+    lengths, forms, cut, spaced, prompts, pairs, opposites = zip(*facts) if facts else [()] * 7
+    print(f"{', '.join(names)}: {len(pairs) + len(bad):,} records, {len(pairs):,} of them usable pairs"
+          + "  <- wrong" * (not facts))
+    for form, count in Counter(forms).most_common():
         print(f"{count:>9,}  {form}: {FORMS[form]}")
     if facts:
-        lengths = np.array([fact.lengths for fact in facts])
         print(f"\n{'in tokens' if tokenizer else 'in characters':<17}     5 %    25 %    50 %    75 %    95 % longest")
-        for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
+        for name, column in zip(("prompt", "chosen", "rejected"), zip(*lengths)):
             print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
-        longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
+        longer = np.mean([np.sign(chosen - rejected) for _, chosen, rejected in lengths]) / 2 + 0.5
         print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
-              f"{sum(fact.spaced for fact in facts) / len(facts) / 2:>9.1%}  of the responses start with a space")
-    pairs, fates = {fact.pair for fact in facts}, Counter(fact.fate for fact in facts)
-    opposed, same = sum(fact.opposite in pairs for fact in facts), sum("are the same text" in kind for _, kind in bad)
-    rows = [(fates["cut"], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
-            (fates["dropped"], "pairs are dropped: a response does not fit", fates["dropped"] > 0.1 * len(facts)),
-            (len(facts) - len({fact.prompt for fact in facts}), "pairs have the prompt of an earlier one", False),
-            (len(facts) - len(pairs), "pairs repeat an earlier one exactly", False),
-            (opposed, "pairs are contradicted: the file has the same two responses the other way round", opposed > 0),
-            (same, "records have identical responses", same > 0), (len(bad), "records are bad", bad or not facts)]
-    for count, what, wrong in rows:
+              f"{np.mean(spaced) / 2:>9.1%}  of the responses start with a space")
+    opposed, same = len(set(pairs) & set(opposites)), sum("no preference" in kind for _, kind in bad)
+    rows = [(cut.count(True), f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
+            (cut.count(None), "pairs are dropped: a response does not fit", cut.count(None) > 0.1 * len(pairs)),
+            (len(prompts) - len(set(prompts)), "pairs have the prompt of an earlier one", False),
+            (len(pairs) - len(set(pairs)), "pairs repeat an earlier one exactly", False),
+            (opposed, "pairs are contradicted: the same two responses stand there the other way round, too", opposed),
+            (same, "records have identical responses", same), (len(bad), "records are bad", bad)]
+    for count, what, wrong in rows[0 if tokenizer else 2:]:
         print(f"{count:>9,}  {what}" + "  <- wrong" * bool(wrong))
     for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
-        print(f"{count:>9,}      {kind}")
-    print(*(f"  {message}" for message, _ in bad[:5]), sep="\n")
+        print(f"{count:>9,}    {kind}")
+    print(*(f"  {message[:500]}" for message, _ in bad[:5]), sep="\n")
     for pair in first:
         show(tokenizer, *pair)
-    return not any(wrong for _, _, wrong in rows)
+    return bool(facts) and not any(wrong for _, _, wrong in rows)
 
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Check files of preference pairs, and show the "
                                      "tokens that are scored.  Exit status 1 if something is wrong with them.")
-    parser.add_argument("files", nargs="+", help="JSON Lines or a JSON array, plain or .gz; hf://datasets/owner/name/path")
-    parser.add_argument("--model", help="folder with tokenizer.json, or owner/name on the hub; without, text is counted")
+    parser.add_argument("files", nargs="+", help="JSON Lines or a JSON array, plain or .gz, or hf://datasets/...")
+    parser.add_argument("--model", help="folder with tokenizer.json, or the hub's owner/name; without, no tokens")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest prompt + response")
     parser.add_argument("--show", type=int, default=2, help="how many pairs to print")
     args = parser.parse_args()

@@ -1,14 +1,39 @@
 """Records, tokens, the length policy, the schedule and rows; and the population of the demo."""
 import gzip
+import http.server
 import json
 import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+import transformers
+from conftest import ROOT
 
-from data import BadData, Schedule, Tokenizer, at_kl, collate, load_pairs, pack, parse, read_lines, write_jsonl
+from data import (
+    BadData,
+    Schedule,
+    Tokenizer,
+    at_kl,
+    collate,
+    examine,
+    load_pairs,
+    pack,
+    parse,
+    read_lines,
+    write_jsonl,
+)
 
 GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
 
@@ -162,9 +187,416 @@ def test_length_policy(tmp_path):
         assert tokenizer.text(pair.chosen[:-1]) == row["chosen"]
         assert tokenizer.text(pair.rejected[:-1]) == row["rejected"]
         assert pair.prompt[0] == 0 and row["prompt"].endswith(tokenizer.text(pair.prompt[1:])) and len(pair.prompt) > 1
-        assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 36
+        total = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        assert total <= 36 and (total == 36 or tokenizer.text(pair.prompt[1:]) == row["prompt"])
     with pytest.raises(BadData, match=r"f.jsonl:\d+: a response does not fit into --max-tokens 36"):
         load_pairs(tmp_path / "f.jsonl", tokenizer, 36)
+
+
+# --- chats --------------------------------------------------------------------------------------------------
+
+TEMPLATES = Path(__file__).parent / "templates"      # in the published structure of each family
+TURN_ENDS = {"llama3": "<|eot_id|>", "qwen25": "<|im_end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>",
+             "whitespace": "<|im_end|>", "mistral": "</s>", "zephyr": "</s>", "gemma": "<end_of_turn>"}
+
+
+def say(*contents, first="user"):
+    """Messages of the user and the assistant in turn."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+SYSTEM = [{"role": "system", "content": "Be  brief.\n"}]
+CHATS = [say("Hi?"), say("Hi?", "Yes \N{SNOWMAN}", "and <|im_end|> \"quoted\" &amp; 'so'?"), SYSTEM + say("  Hi\n\n"),
+         SYSTEM + say("a", "<think>\nhm\n</think>\n\nb", "c")]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """chat_model(template, start token added by the tokenizer) -> our Tokenizer and that of transformers."""
+    def make(template, adds_start=False, **config):
+        folder = tmp_path_factory.mktemp("chat")
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        special = ["<s>", *sorted({*TURN_ENDS.values()}), "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>",
+                   "<start_of_turn>"]
+        backend.train_from_iterator(["the user and the assistant of it"] * 5, tokenizers.trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, show_progress=False,
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+        if adds_start:
+            backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A",
+                                                                              special_tokens=[("<s>", 0)])
+        backend.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **config}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        return Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    return make
+
+
+@pytest.mark.parametrize("name", TURN_ENDS)
+def test_chats_are_rendered_and_tokenised_as_by_transformers(chat_model, name):
+    ours, theirs = chat_model((TEMPLATES / f"{name}.jinja").read_text(), adds_start=True)
+    end = ours.backend.token_to_id(TURN_ENDS[name])
+    for chat in CHATS:
+        if name == "gemma" and chat[0]["role"] == "system":
+            with pytest.raises(BadData, match="TemplateError: no role system here"):
+                ours.render(chat, True)
+            continue
+        for answer in (True, False):
+            assert ours.render(chat, answer) == theirs.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=answer)
+        prompt, *responses = ours.pair(parse({"prompt": chat, "chosen": "Sure.", "rejected": "No way, the end"}))
+        assert prompt == ours.prompt(chat)
+        for ids, text in zip(responses, ("Sure.", "No way, the end")):
+            whole = theirs.apply_chat_template(chat + say(text, first="assistant"), return_dict=False)
+            both = prompt + ids
+            assert both == whole[:len(both)] and not theirs.decode(whole[len(both):]).strip()
+            assert ids[-1] == end and ids.count(end) == 1 and both.count(0) == ("bos_token" in ours_source(name))
+
+
+def ours_source(name):
+    return (TEMPLATES / f"{name}.jinja").read_text()
+
+
+@pytest.mark.parametrize("rstrip", [False, True])
+def test_chats_where_special_tokens_take_in_white_space(tmp_path, rstrip):
+    """A tokenizer that puts a space before every text, and tokens that swallow the line break behind them."""
+    ours = special_tokenizer(tmp_path, "space")
+    ours.backend.add_special_tokens([tokenizers.AddedToken(text, rstrip=rstrip)
+                                     for text in ("<|user|>", "<|assistant|>", "<|end|>")])
+    ours.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}")
+    ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt, chosen, _ = ours.pair(parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "no"}))
+    whole = theirs.apply_chat_template(say("is it?", "yes."), return_dict=False)
+    assert prompt + chosen == whole[:len(prompt + chosen)] and theirs.decode(chosen).endswith("<|end|>")
+    with pytest.raises(BadData, match="tokens of 'prompt' and 'rejected' do not decode"):
+        ours.pair(parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "\N{SNOWMAN}"}))
+
+
+def test_where_a_template_is_found(chat_model):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
+    chat = say("a")
+    for config, text in (({"chat_template": named}, "a!"), ({"chat_template": "{{ bos_token }}"}, "<s>")):
+        ours, theirs = chat_model(None, **config)
+        assert ours.render(chat, True) == theirs.apply_chat_template(chat, tokenize=False) == text
+    ours, _ = chat_model("file", chat_template="config")
+    assert ours.render(chat, True) == "file"
+    ours, _ = chat_model(None)
+    with pytest.raises(BadData, match="no chat template"):
+        ours.pair(parse({"prompt": chat, "chosen": "b", "rejected": "c"}))
+
+
+PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant:{% endif %}")
+
+
+def test_a_turn_without_an_end_token_gets_one(chat_model):
+    ours, _ = chat_model(PLAIN)
+    prompt, chosen, _ = ours.pair(parse({"prompt": say("a"), "chosen": "b", "rejected": "c"}))
+    assert ours.text(prompt) == "user: a\nassistant:" and ours.text(chosen) == " b\n</s>"
+    _, chosen, _ = ours.pair(parse({"prompt": say("a"), "chosen": "b</s> more", "rejected": "c"}))
+    assert ours.text(chosen) == " b</s> more\n</s>"                            # one in the midst is no end
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ raise_exception('roles!') }}", "TemplateError: roles!"), ("{% if %}", "TemplateSyntaxError"),
+    ("{{ messages[0].content + none }}", "TypeError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{{ messages.__class__.__base__.__subclasses__() }}", "SecurityError"),
+    ("{{ messages.append(1) }}", "SecurityError"), ("{% include 'x' %}", "fails"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+     "TimeoutError: still running"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}", "Error"),
+    ("{{ 'x' * 10 ** 11 }}", "MemoryError"), ("{{ 9 ** (9 ** 9) }}", "Error"),
+    ("{{ 'x'.center(10 ** 11) }}", "MemoryError"),
+    ("{{ '%99999999999d' % messages|length }}", "Error"),
+    ("{{ 'x' * 9999999 }}", "OverflowError: 9,999,999 characters"),
+    ("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "Error"),
+    ("{{ messages|length }}", "not prefix-stable"), ("{{ messages[0].content }}", "not prefix-stable"),
+])
+def test_templates_that_cannot_be_used_name_the_record(tmp_path, monkeypatch, chat_model, template, words):
+    monkeypatch.setattr("data.RENDERING", (0.4, 1 << 28))
+    def limits():
+        return (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL),
+                resource.getrlimit(resource.RLIMIT_AS))
+    before = limits()
+    ours, _ = chat_model(template)
+    write_jsonl(tmp_path / "f.jsonl", [{"prompt": say("a"), "chosen": "b", "rejected": "c"}])
+    start = time.perf_counter()
+    with pytest.raises(BadData) as error:
+        load_pairs(tmp_path / "f.jsonl", ours, 50)
+    assert time.perf_counter() - start < 5
+    assert "f.jsonl:1: the chat template" in str(error.value) and words in str(error.value)
+    assert len(str(error.value)) < 600 and limits() == before
+
+
+def test_conversations_split_after_the_last_shared_message():
+    chosen, rejected = SYSTEM + say("a", "b", "c", "yes"), SYSTEM + say("a", "b", "c", "no")
+    shared = SYSTEM + say("a", "b", "c")
+    expected = (shared, say("yes", first="assistant"), say("no", first="assistant"), None, None, "conversations")
+    for prompt in ({}, {"prompt": "c"}, {"prompt": "a"}, {"prompt": shared}):
+        assert parse({**prompt, "chosen": chosen, "rejected": rejected}) == expected
+    assert parse({"chosen": chosen}, need_rejected=False)[:3] == (*expected[:2], "")
+    parts = [{"type": "text", "text": "ye"}, {"type": "text", "text": "s"}]
+    chosen = [*shared, {"role": "assistant", "content": parts, "name": None}]
+    assert parse({"chosen": chosen, "rejected": rejected}) == expected
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected", [
+    (say("a"), "b", "c"), ("a", say("b", first="assistant"), say("c", first="assistant")),
+    (say("a"), say("b", first="assistant"), say("c", first="assistant"))])
+def test_a_string_among_messages_is_one_message(prompt, chosen, rejected):
+    assert parse({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == (
+        say("a"), say("b", first="assistant"), say("c", first="assistant"), None, None, "messages")
+
+
+@pytest.mark.parametrize("item, words", [
+    ({"prompt": say("a"), "chosen": "b", "rejected": say("c", first="assistant")}, "differ in form"),
+    ({"chosen": say("a", "b"), "rejected": "\n\nHuman: a\n\nAssistant: b"}, "differ in form"),
+    ({"chosen": say("a", "b"), "rejected": say("x", "b")}, "the prompt: nothing;"),
+    ({"chosen": say("a", "b"), "rejected": say("a", "b", "c", "d")}, "the responses: nothing; user, assistant"),
+    ({"chosen": say("a", "b", "c"), "rejected": say("a", "b", "d")}, "user, assistant; and the responses: user"),
+    ({"chosen": say("a", "b"), "rejected": say("a", "b")}, "the same text"),
+    ({"prompt": "x", "chosen": say("a", "b"), "rejected": say("a", "c")}, "'prompt' is not what"),
+    ({"prompt": say("a", "b"), "chosen": "c", "rejected": "d"}, "the prompt: user, assistant"),
+    ({"prompt": [], "chosen": "c", "rejected": "d"}, "'prompt' is a list"),
+    ({"prompt": say("a"), "chosen": "", "rejected": "d"}, "'chosen' is empty"),
+    ({"prompt": [{"role": "bot", "content": "a"}], "chosen": "c", "rejected": "d"}, "message 1: has the role 'bot'"),
+    ({"prompt": [{"from": "human", "value": "a"}], "chosen": "c", "rejected": "d"}, "(it has 'from', 'value')"),
+    ({"prompt": [{"role": "user"}], "chosen": "c", "rejected": "d"}, "as content null"),
+    ({"prompt": [{"role": ["user"], "content": 3}], "chosen": "c", "rejected": "d"}, "as content the number 3"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}], "chosen": "c", "rejected": "d"},
+     "'prompt', message 1: has the role 'user' and as content a list"),
+    ({"prompt": [{"role": "user", "content": "a", "name": "\ud83d"}], "chosen": "c", "rejected": "d"}, "surrogate"),
+    ({**GOOD, "votes": [0, 0]}, "'votes' is [0, 0]"), ({**GOOD, "votes": [1]}, "'votes' is [1]"),
+    ({**GOOD, "votes": [True, 2]}, "'votes'"), ({**GOOD, "votes": [1, 2.0]}, "'votes'"),
+    ({**GOOD, "votes": [-1, 2]}, "'votes'"), ({**GOOD, "votes": {"a": 1}}, "'votes'"),
+    ({**GOOD, "votes": "12"}, "'votes'"),
+])
+def test_bad_chats_and_votes_say_what_is_wrong(item, words):
+    with pytest.raises(BadData) as error:
+        parse(item)
+    assert words in str(error.value)
+
+
+def test_votes_reach_the_pair(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "f.jsonl", [{**GOOD, "votes": [3, 1]}, GOOD])
+    assert [pair.votes for pair in load_pairs(tmp_path / "f.jsonl", tokenizer, 50).pairs] == [[3, 1], None]
+
+
+def test_responses_that_become_the_same_tokens(chat_model):
+    ours, _ = chat_model((TEMPLATES / "llama3.jinja").read_text())             # this one trims
+    with pytest.raises(BadData, match="the same tokens"):
+        ours.pair(parse({"prompt": say("a"), "chosen": "b", "rejected": "b "}))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+def test_arrays_and_several_files(tmp_path, tokenizer):
+    rows = [{**GOOD, "chosen": f" {i}\x00"} for i in range(3)]
+    (tmp_path / "a.json").write_text("\ufeff\n" + json.dumps(rows, indent=1), encoding="utf-8")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    write_jsonl(tmp_path / "c.json", rows)                                     # lines, whatever its name
+    for names in ("a.json", "b.json.gz", "c.json"):
+        pairs = load_pairs(tmp_path / names, tokenizer, 50).pairs
+        assert [pair.where for pair in pairs] == [f"{tmp_path / names}:{i}" for i in (1, 2, 3)]
+    several = load_pairs([tmp_path / "a.json", str(tmp_path / "c.json")], tokenizer, 50).pairs
+    assert len(several) == 6 and several[3].where.endswith("c.json:1")
+    assert tokenizer.text(several[4].chosen[:-1]) == " 1\x00"
+    rows[1]["chosen"] = 5
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(BadData, match=r"a.json:2: 'chosen' is the number 5"):
+        load_pairs(tmp_path / "a.json", tokenizer, 50)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("f.jsonl", b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}',
+     "f.jsonl:1: not JSON (a name stands twice among 'prompt', 'prompt'"),
+    ("f.jsonl", b'{"prompt": "a", "chosen": "c", "rejected": "d", "x": NaN}', "f.jsonl:1: not JSON"),
+    ("f.jsonl", b'{"prompt": "a", "chosen": "c", "rejected": "d", "x": [-Infinity]}', "'-Infinity'"),
+    ("f.jsonl", b'{"prompt": "a", "chosen": "c", "rejected": "d", "x": ' + b"9" * 5000 + b"}", "f.jsonl:1: not JSON"),
+    ("f.json", b'[{"prompt": "a"}, ', "f.json:1: not JSON"), ("f.json", b"[" * 100_000, "f.json:1: not JSON"),
+    ("f.json", b"[] []", "f.json:1: not JSON"), ("f.json", b"[]", "no pairs"),
+    ("f.json", b"[\xff]", "f.json:1: not UTF-8"),
+    ("f.parquet", b"PAR1", "Parquet is not read"),
+])
+def test_files_that_are_no_records(tmp_path, tokenizer, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadData) as error:
+        load_pairs(tmp_path / name, tokenizer, 50)
+    assert words in str(error.value)
+
+
+def test_brackets_of_any_depth(tmp_path, tokenizer):
+    for depth in range(900, 1000):
+        row = json.dumps({"prompt": [{"role": "user", "content": "a", "x": 1}], "chosen": "b", "rejected": "c"})
+        row = row.replace("1", "[" * depth + "]" * depth)
+        for name, text in (("f.jsonl", row), ("f.json", f"[{row}]")):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(BadData, match="no chat template|recursion"):
+                load_pairs(tmp_path / name, tokenizer, 50)
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.LONGEST", 1 << 20)
+    with open(tmp_path / "f.jsonl", "wb") as file:
+        file.truncate(1 << 33)                                                 # 8 GiB of nothing
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b" " * (1 << 24)))
+    (tmp_path / "f.json").write_bytes(b"[" + b" " * (1 << 21) + b"]")
+    for name in ("f.jsonl", "f.jsonl.gz", "f.json"):
+        tracemalloc.start()
+        with pytest.raises(BadData, match=f"{name}:1: longer than 1,048,576 bytes"):
+            list(read_lines(tmp_path / name))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+        tracemalloc.stop()
+
+
+HUB = """
+import sys; from data import BadData, fetch, find_model
+for call in sys.argv[1:]:
+    try:
+        print((fetch if call.startswith("hf:") else find_model)(call))
+    except BadData as error:
+        print("BadData:", error)
+"""
+
+
+def ask_hub(tmp_path, *names, **environment):
+    """What fetch or find_model says to each name, in a process with that environment."""
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run([sys.executable, "-c", HUB, *names], cwd=tmp_path, env={**os.environ, **environment},
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_hub_from_its_cache(tmp_path):
+    sha, folder = "0123456789" * 4, {}
+    for kind, file in (("models", "config.json"), ("datasets", "data/train.jsonl")):
+        folder[kind] = tmp_path / "hub" / f"{kind}--some--thing" / "snapshots" / sha
+        (folder[kind] / file).parent.mkdir(parents=True)
+        (folder[kind] / file).write_text("{}")
+        (folder[kind].parents[1] / "refs").mkdir()
+        (folder[kind].parents[1] / "refs" / "main").write_text(sha)
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    found = ask_hub(tmp_path, "own/model", "own", "some/thing", f"some/thing@{sha}", "other/thing", "some/thing@v2",
+                    "hf://datasets/some/thing/data/train.jsonl", f"hf://datasets/some/thing@{sha}/data/train.jsonl",
+                    "hf://datasets/some/thing/data/test.jsonl", "hf://models/a/b/c", HF_HUB_OFFLINE="1")
+    assert found[:4] == ["own/model", "own", str(folder["models"]), str(folder["models"])]
+    assert found[6:8] == [str(folder["datasets"] / "data/train.jsonl")] * 2
+    assert all(found[i].startswith("BadData: ") and "LocalEntryNotFoundError" in found[i] for i in (4, 5))
+    assert found[8] == str(folder["datasets"] / "data/test.jsonl")             # is not there, as reading will say
+    assert "not of the form hf://datasets/owner/name/path" in found[9]
+
+
+def test_the_hub_out_of_reach_or_unwilling(tmp_path):
+    class Unwilling(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            code = "GatedRepo" if "gated" in self.path else "RepoNotFound"
+            self.send_response(403 if code == "GatedRepo" else 404)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", f"{code} indeed")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unwilling)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = ["some/gated", "some/missing", "hf://datasets/some/gated/a.jsonl", "hf://datasets/some/missing/a.jsonl"]
+    found = ask_hub(tmp_path, *names, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    server.server_close()
+    for name, line, kind in zip(names, found, ("GatedRepoError", "RepositoryNotFoundError") * 2, strict=True):
+        assert line.startswith(f"BadData: {name}: ") and kind in line
+    for name, line in zip(names, ask_hub(tmp_path, *names, HF_ENDPOINT="http://127.0.0.1:9"), strict=True):
+        assert line.startswith(f"BadData: {name}: ") and "LocalEntryNotFoundError" in line
+
+
+# --- the doctor ---------------------------------------------------------------------------------------------
+
+def doctor(capsys, *names, tokenizer=None, max_tokens=1024, examples=0):
+    """The doctor's word on files, its report, and the report's numbers by the words behind them."""
+    good = examine([str(name) for name in names], tokenizer, max_tokens, examples)
+    report = capsys.readouterr().out
+    numbers = {what.strip(): number
+               for number, what in re.findall(r"^ *([\d,.]+%?)  +([a-z][^:\n<]*)", report, re.MULTILINE)}
+    lengths = {name: [int(x.replace(",", "")) for x in row.split()]
+               for name, row in re.findall(r"^(prompt|chosen|rejected) +([\d, ]+)$", report, re.MULTILINE)}
+    return good, report, numbers, lengths
+
+
+def test_the_doctor_counts_what_it_should(tmp_path, tokenizer, capsys):
+    chat = {"chosen": say("a", "b"), "rejected": say("a", "ccc")}
+    rows = [GOOD, GOOD, {**GOOD, "chosen": " no", "rejected": " yes"}, {**GOOD, "rejected": " yes"}, {"prompt": "a"},
+            chat, {"prompt": say("a"), "chosen": "b", "rejected": "d"}, {**GOOD, "rejected": "much longer " * 9},
+            {"prompt": "b"}]
+    write_jsonl(tmp_path / "f.jsonl", rows)
+    with open(tmp_path / "f.jsonl", "ab") as file:
+        file.write(b"{\n\xff\n")
+    (tmp_path / "g.jsonl.gz").write_bytes(b"no gzip")
+    good, report, numbers, lengths = doctor(capsys, tmp_path / "f.jsonl", tmp_path / "g.jsonl.gz")
+    assert not good and "12 records, 6 of them usable pairs" in report
+    for what, count in {"strings": 4, "conversations": 1, "messages": 1, "records are bad": 6,
+                        "records have identical responses": 1, "pairs repeat an earlier one exactly": 1}.items():
+        assert numbers[what] == str(count)
+    assert "2  pairs are contradicted" in report and numbers["pairs have the prompt of an earlier one"] == "4"
+    for words in ("f.jsonl:4: 'chosen' and", "2    has no 'chosen'", "f.jsonl:10: not JSON"):
+        assert words in report
+    assert lengths["chosen"] == [1, 2, 4, 4, 4, 4] and lengths["rejected"][-1] == 108
+    assert numbers["of the responses start with a space"] == "58.3%"           # 7 of 12
+    assert "41.7%  of the pairs: the chosen" in report                         # " yes" twice, and one tie
+    good, report, numbers, lengths = doctor(capsys, tmp_path / "f.jsonl", tokenizer=tokenizer)
+    assert not good and "holds messages, but the tokenizer has no chat template" in report
+    write_jsonl(tmp_path / "f.jsonl", [GOOD, {**GOOD, "prompt": "Ada asks: " * 9}, {**GOOD, "rejected": "x" * 99}])
+    good, report, numbers, lengths = doctor(capsys, tmp_path / "f.jsonl", tokenizer=tokenizer, max_tokens=20,
+                                            examples=1)
+    ids = tokenizer.pair(parse(GOOD))
+    assert not good and numbers["prompts lose their beginning at --max-tokens 20"] == "1"
+    assert "1  pairs are dropped" in report
+    assert lengths["prompt"][0] == len(ids[0]) and lengths["chosen"] == [len(ids[1])] * 6 and "<end>|" in report
+    write_jsonl(tmp_path / "f.jsonl", [GOOD])
+    assert doctor(capsys, tmp_path / "f.jsonl", tokenizer=tokenizer)[0]
+    (tmp_path / "f.jsonl").write_text("")
+    assert not doctor(capsys, tmp_path / "f.jsonl")[0]
+
+
+@pytest.mark.skipif("HH" not in os.environ, reason="HH names no file of Anthropic's harmless pairs")
+def test_the_doctor_on_real_pairs(tmp_path, capsys, tokenizer):
+    """Against facts counted here from the file itself, with the tokenizers package alone."""
+    lines = gzip.decompress(Path(os.environ["HH"]).read_bytes()).split(b"\n")[:1800]
+    rows = [json.loads(line) for line in lines]
+    (tmp_path / "hh.jsonl").write_bytes(b"\n".join(lines))
+    encode = tokenizer.backend.encode_batch
+    lengths = {name: [len(found.ids) + (name != "prompt") for found in encode([row[name] for row in rows])]
+               for name in ("prompt", "chosen", "rejected")}
+    good, report, numbers, found = doctor(capsys, tmp_path / "hh.jsonl", tokenizer=tokenizer, max_tokens=4000)
+    assert good and numbers["records have identical responses"] == numbers["records are bad"] == "0"
+    assert not any(row["chosen"] == row["rejected"] for row in rows)
+    assert all(row[side].startswith(" ") for row in rows for side in ("chosen", "rejected"))
+    assert numbers["strings"] == "1,800" and numbers["of the responses start with a space"] == "100.0%"
+    for name, counts in lengths.items():
+        counts = sorted(counts)
+        for share, value in zip((0.05, 0.25, 0.5, 0.75, 0.95, 1), found[name]):
+            assert counts[int(share * 1799)] - 0.5 <= value <= counts[min(1799, int(share * 1799) + 1)] + 0.5
+    longer = sum((c > r) + (c == r) / 2 for c, r in zip(lengths["chosen"], lengths["rejected"])) / 1800
+    assert f"{longer:.1%}  of the pairs: the chosen" in report
+    assert numbers["pairs have the prompt of an earlier one"] == str(1800 - len({row["prompt"] for row in rows}))
+
+
+def test_the_doctor_as_a_command(run, tmp_path, make_model, pairs):
+    done = run("data.py", pairs, pairs, "--model", make_model(), "--show", 1)
+    assert done.returncode == 0 and "100 records" in done.stdout and "scored ones" in done.stdout and not done.stderr
+    (tmp_path / "f.jsonl").write_text("{")
+    done = run("data.py", tmp_path / "f.jsonl")
+    assert done.returncode == 1 and "<- wrong" in done.stdout and "f.jsonl:1: not JSON" in done.stdout
 
 
 # --- schedule and rows --------------------------------------------------------------------------------------
