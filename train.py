@@ -263,7 +263,9 @@ def join_world(cfg: Config) -> World:
     if dtype == torch.float16 and not cuda:
         raise BadConfig("--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))        # after a restart: with the addresses of dead ranks
+        store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         return World(dist.get_rank(), dist.get_world_size(), device, dtype)
     return World(0, 1, device, dtype)
 
@@ -481,20 +483,22 @@ def first_state(cfg: Config, record: dict) -> dict | None:
         raise BadConfig(f"{found[0]}: of a run that was interrupted; --resume continues it; to start afresh choose "
                         f"another --out, or remove {out / 'checkpoint'}")
     if not found and not (cfg.resume and state.get("finished")):
-        print(f"start       {'the finished run in ' * state.get('finished', False)} from the beginning")
+        print("start       at step 0" + ", there is no checkpoint" * cfg.resume
+              + ", in place of the finished run" * state.get("finished", False))
         write_json(out / "run.json", record)                       # from now on the folder is this run's
         return {"step": 0, "seconds": 0.0, "skipped": [], "run": record}
     old, new = fixed(state.get("run", state)), fixed(record)
-    changed = ", ".join(f"{name} ({old.get(name)}, now {new[name]})" for name in new if old.get(name) != new[name])
+    changed = ", ".join(f"{name} ({old.get(name)!s:.12}, now {value!s:.12})" for name, value in new.items()
+                        if old.get(name) != value)
     if changed:
         raise BadConfig(f"--resume: {where} is of a run with other settings: {changed}; choose another --out")
     if not found:
-        print(f"resume      {out}: the run is finished, there is nothing to do")
+        print(f"finished    {out}: there is nothing to do")
         return None
     for name, digest in state["sha256"].items():
         if sha256(found[0] / name) != digest:
             raise BadConfig(f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
-    print(f"resume      at step {state['step']}, from {found[0]}")
+    print(f"start       at step {state['step']}, from {found[0]}")
     return {**state, "run": record}
 
 
@@ -660,7 +664,7 @@ def progress(row: dict, steps: int, preferences: bool) -> str:
 
 def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     """Everything from a folder and a file to a trained folder."""
-    out, method = Path(cfg.out), cfg.method
+    out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
     folder = world.agree(lambda: str(find_model(cfg.model)))       # the first rank fetches what is on the hub
     frozen = world.dtype if cfg.lora_rank and world.device.type == "cuda" else torch.float32
@@ -673,10 +677,18 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     if cfg.reference and Path(cfg.reference).is_dir():
         raise BadConfig(f"--reference {cfg.reference}: a folder, it should be a file for the reference's scores")
     part, held = load_parts(cfg, model, tokenizer, world)
-    mine = []                                                      # nobody else's, as long as this function runs
-    world.agree(lambda: mine.append(claim(out / "lock", checkpoint_size(model) * (1 if cfg.save_every == 0 else 2))))
     if cfg.reference:
         world.agree(lambda: claim(Path(cfg.reference + ".lock"), wait=True).close())
+    with contextlib.ExitStack() as mine:
+        need = checkpoint_size(model) * (1 if cfg.save_every == 0 else 2)
+        world.agree(lambda: mine.enter_context(claim(out / "lock", need)).name)
+        run(cfg, model, tokenizer, part, held, world, on_step)
+
+
+def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held: Part | None, world: World,
+        on_step: Callable | None) -> None:
+    """In a folder that is this run's alone, from the reference pass to what is left of a finished run."""
+    out, method = Path(cfg.out), cfg.method
     size = sum(p.numel() for p in model.parameters())
     world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {str(world.dtype)[6:]} on "
               f"{world.size} x {world.device.type}; a response ends with {tokenizer.text([tokenizer.eos])!r}")
@@ -895,8 +907,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    mine = []
-    world.agree(lambda: mine.append(claim(out / "lock")))
+    world.agree(lambda: claim(out / "lock").close())
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -980,8 +991,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg, given = parse_flags(sys.argv[1:] if argv is None else argv, DEMO)
     if cfg.model and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):       # torchrun --max-restarts
         cfg = dataclasses.replace(cfg, resume=True)
-    saved = lambda: f"--resume continues from {checkpoints(Path(cfg.out))[0]}" \
-        if checkpoints(Path(cfg.out)) else "nothing was saved"
+    saved = lambda: "".join(f"--resume continues from {path}" for path in checkpoints(Path(cfg.out))[:1]) or \
+        "nothing was saved"
     try:
         world = join_world(cfg)
         if cfg.model:

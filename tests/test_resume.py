@@ -1,0 +1,366 @@
+"""Runs that are stopped, killed, starved of disk or fed with bad numbers, and go on."""
+import builtins
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_train import refused, rows_of
+
+import data
+import model as model_file
+import train
+from train import BadConfig, Config, RunFailed, World, checkpoints, fit
+
+ALONE = World(0, 1, torch.device("cpu"), torch.float32)
+TIMED = {"seconds", "pairs_per_second", "tokens_per_second", "memory_gib"}
+
+
+@pytest.fixture
+def job(make_model, pairs, tmp_path):
+    """job(stop_at=step, **settings): fit in this process; a SIGTERM comes during step stop_at."""
+    torch.set_num_threads(1)
+
+    def call(stop_at=None, model=None, **settings):
+        base = {"model": str(model or make_model()), "data": str(pairs), "out": str(tmp_path / "out"), "steps": 6,
+                "batch_size": 16, "lr": 1e-3, "samples": 1, "sample_tokens": 4, "max_tokens": 64, "eval_pairs": 10,
+                "eval_every": 2, "log_every": 100}
+        cfg = Config(**{**base, **settings})
+        ask = lambda step, model: os.kill(os.getpid(), signal.SIGTERM) if step == stop_at else None
+        if stop_at is None:
+            return fit(cfg, ALONE)
+        with pytest.raises(KeyboardInterrupt):
+            fit(cfg, ALONE, ask)
+        assert [path.name for path in checkpoints(Path(cfg.out))] == [f"step-{stop_at + 1:08}"]
+    return call
+
+
+def records(out):
+    return {name: [{k: v for k, v in row.items() if k not in TIMED} for row in rows_of(out / f"{name}.jsonl")]
+            for name in ("metrics", "evaluations", "samples", "dispersion")}
+
+
+def same(one, two):
+    start, theirs = (load_file(out / "model.safetensors") for out in (one, two))
+    assert all(torch.equal(start[name], theirs[name]) for name in start)
+    assert records(one) == records(two)
+
+
+@pytest.mark.parametrize("family, dtype", [("llama-tied", torch.bfloat16), ("gpt2", torch.float32)])
+def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsys, family, dtype):
+    model = make_model(family, dtype)
+    job(model=model, out=str(tmp_path / "whole"))
+    job(model=model, stop_at=0)
+    job(model=model, stop_at=3, resume=True)
+    with open(tmp_path / "out/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')              # as a run that was killed leaves them
+    job(model=model, resume=True)
+    assert "start       at step 4" in capsys.readouterr().out
+    same(tmp_path / "whole", tmp_path / "out")
+    assert [row["step"] for row in rows_of(tmp_path / "out/metrics.jsonl")] == list(range(6))
+    assert [row["step"] for row in rows_of(tmp_path / "out/evaluations.jsonl")] == [0, 2, 4, 6]
+    assert not (tmp_path / "out/checkpoint").exists()
+    job(model=model, resume=True)
+    assert "there is nothing to do" in capsys.readouterr().out
+
+
+def test_resume_refuses_another_run(job, make_model, pairs, tmp_path, capsys):
+    job(resume=True, stop_at=1)
+    assert "there is no checkpoint" in capsys.readouterr().out
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
+    with pytest.raises(BadConfig, match="step-00000002: of a run that was interrupted; --resume continues it"):
+        job()
+    other.write_text("".join(pairs.read_text().splitlines(keepends=True)[1:]))
+    for name, value, words in [
+            ("lr", 2e-3, r"lr \(0.001, now 0.002\)"), ("steps", 7, r"steps \(6, now 7\)"), ("seed", 1, "seed"),
+            ("beta", 0.2, r"beta \(None, now 0.2\)"), ("loss", "dpo", "loss"), ("batch_size", 8, "batch_size"),
+            ("decay", "linear", "decay"), ("eval_pairs", 9, "data .*, eval_pairs"), ("data", str(other), r"data \("),
+            ("model", make_model("gpt2"), r"model \("), ("clip", 2.0, "clip"), ("max_tokens", 63, "max_tokens")]:
+        with pytest.raises(BadConfig, match=f"with other settings: .*{words}"):
+            job(resume=True, **{name: value})
+    with open(checkpoints(out)[0] / "state.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(BadConfig, match=r"state.safetensors is not as it was written"):
+        job(resume=True)
+    shutil.rmtree(out / "checkpoint")
+    job(resume=True)
+    with pytest.raises(BadConfig, match=r"run.json is of a run with other settings: lr"):
+        job(resume=True, lr=1e-2)
+    job(lr=1e-2)                                                            # a finished run is replaced, and it says so
+    assert "in place of the finished run" in capsys.readouterr().out
+
+
+def test_what_may_change(job, pairs, tmp_path):
+    job(stop_at=2)
+    moved = shutil.copy(pairs, tmp_path / "moved.jsonl")
+    job(resume=True, data=str(moved), eval_every=1, save_every=1, samples=2, tokens_per_row=100, on_nonfinite="skip")
+    assert [row["step"] for row in rows_of(tmp_path / "out/evaluations.jsonl")] == [0, 2, 3, 4, 5, 6]
+    job(out=str(tmp_path / "whole"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
+
+
+def test_a_reference_that_was_removed_is_made_again(job, tmp_path):
+    """By the model of --model, not by what was trained since."""
+    job(out=str(tmp_path / "whole"))
+    job(stop_at=2)
+    (tmp_path / "out/reference.safetensors").unlink()
+    job(resume=True)
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+# --- the disk -------------------------------------------------------------------------------------------------
+
+def whole(folder):
+    state = json.loads((folder / "state.json").read_text())
+    return all(train.sha256(folder / name) == digest for name, digest in state["sha256"].items())
+
+
+def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
+    """Fail the k-th operation, for all k: a whole checkpoint remains each time; some of them are resumed."""
+    saves, save, out = [], train.save_checkpoint, tmp_path / "out"
+    monkeypatch.setattr(train, "save_checkpoint", lambda *arguments: (saves.append(arguments), save(*arguments)))
+    job(out=str(tmp_path / "end"))
+    job(stop_at=1)
+    _, state, model, optimizer = saves[-1]
+    count, fail_at = [0], [0]
+
+    def failing(real):
+        def call(*arguments, **named):
+            count[0] += 1
+            if count[0] == fail_at[0]:
+                raise OSError(28, "No space left on device")
+            return real(*arguments, **named)
+        return call
+    kept, k, again = tmp_path / "kept", 0, 0
+    shutil.copytree(out, kept)
+    while count[0] >= k:                                          # until there is no k-th operation
+        shutil.rmtree(out)
+        shutil.copytree(kept, out)
+        k += 1
+        count[0], fail_at[0] = 0, k
+        with monkeypatch.context() as patch:
+            for place, names in ((os, "replace fsync open mkdir chmod unlink rmdir"), (builtins, "open"),
+                                 (Path, "write_text write_bytes mkdir"), (model_file, "save_file"),
+                                 (train, "save_file sha256"), (shutil, "rmtree")):
+                for name in names.split():
+                    patch.setattr(place, name, failing(getattr(place, name)))
+            try:
+                save(out, {**state, "step": 3}, model, optimizer)  # of step 3, though the weights are of step 2
+            except RunFailed as error:
+                assert "cannot be written ([Errno 28]" in str(error) and "bytes, " in str(error)
+        found = checkpoints(out)
+        assert found and all(map(whole, found)), k
+        if k % 25 == 5 and found[0].name == "step-00000002":
+            job(resume=True)
+            same(tmp_path / "end", out)
+            again += 1
+    assert k > 40 and again
+
+
+def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
+    """Files of at most 300 kB, as much as the weights take."""
+    job(stop_at=1)
+    out = tmp_path / "out"
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); " \
+           f"sys.path.insert(0, {str(ROOT)!r}); import train; train.main()"
+    flags = ["--config", out / "run.json", "--resume", "--save-every", 1]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True)
+    refused(done, "the checkpoint of step 3 cannot be written", status=1)
+    assert "File too large" in done.stderr and f"--resume continues from {out}/checkpoint/step-00000002" in done.stderr
+    assert all(map(whole, checkpoints(out)))
+    job(resume=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(BadConfig, match="bytes are needed there, 1,000 are free"):
+        job(out=str(tmp_path / "other"))
+
+
+# --- bad numbers ----------------------------------------------------------------------------------------------
+
+def spoil(monkeypatch, steps, how):
+    """Make the first pair of some steps bad."""
+    judge, gradient, now = train.judge, train.gradient, [None, None]
+
+    def bad_judge(policy, method, part, indices, world):
+        outcome = judge(policy, method, part, indices, world)
+        hit = torch.tensor([now[0] in steps and i == now[1] for i in indices])
+        loss = outcome.loss.clone()
+        loss[hit] = how(outcome.loss[hit])
+        return outcome._replace(loss=loss)
+
+    def note(policy, scaler, method, part, step, *rest):
+        now[:] = step, part.schedule.batch(step)[0]
+        return gradient(policy, scaler, method, part, step, *rest)
+    monkeypatch.setattr(train, "judge", bad_judge)
+    monkeypatch.setattr(train, "gradient", note)
+
+
+@pytest.mark.parametrize("what, how", [
+    ("loss", lambda loss: loss * math.nan), ("loss", lambda loss: loss + math.inf),
+    ("gradient", lambda loss: loss + (loss - loss.detach()).abs().sqrt())])       # 0, and its slope is nan
+def test_bad_numbers(job, pairs, tmp_path, monkeypatch, capsys, what, how):
+    spoil(monkeypatch, {3}, how)
+    with pytest.raises(RunFailed, match=f"step 3: the {what} is not finite; .*{pairs}:[0-9]+") as error:
+        job(save_every=2)
+    assert (str(error.value).count(str(pairs)) == 1) == (what == "loss")        # it knows which pair
+    out, = [path.parent.parent for path in checkpoints(tmp_path / "out")]
+    assert all(p.isfinite().all() for p in load_file(checkpoints(out)[0] / "state.safetensors").values())
+    job(resume=True, on_nonfinite="skip")
+    assert f"step     3  skipped: the {what} is not finite" in (said := capsys.readouterr().out)
+    assert "1 steps were skipped" in said and json.loads((out / "run.json").read_text())["skipped"] == [3]
+    text = (out / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    rows = rows_of(out / "metrics.jsonl")
+    assert len(rows) == 6 and rows[3]["loss" if what == "loss" else "grad_norm"] is None
+
+
+def test_skipping_ends_after_so_many_in_a_row(job, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "IN_A_ROW", 3)
+    spoil(monkeypatch, {1, 2, 4, 5, 6}, lambda loss: loss * math.nan)
+    with pytest.raises(RunFailed, match="step 6: the loss is not finite"):
+        job(steps=9, on_nonfinite="skip", save_every=0)
+    assert len(rows_of(tmp_path / "out/metrics.jsonl")) == 6
+
+
+def test_steps_of_the_scaler_are_no_errors(monkeypatch):
+    """float16 needs a GPU; here, the scaler's rules alone."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    for scale in (4.0, 2.0, 1.0):
+        assert scaler.get_scale() == scale                       # at 1 it is an error
+        (scaler.scale(p.sum()) * math.inf).backward()
+        scaler.unscale_(optimizer)
+        scaler.update()                                          # without a step, as where one is skipped
+        optimizer.zero_grad()
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    train.write_json(tmp_path / "a.json", {"a": [math.nan, {"b": math.inf}], "c": -math.inf, "d": 0.1})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, {"b": None}], "c": None, "d": 0.1}
+
+
+# --- more than one --------------------------------------------------------------------------------------------
+
+def test_two_runs_in_one_folder(job, tmp_path):
+    (tmp_path / "out").mkdir()
+    with data.lock(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
+        job()
+    job()
+
+
+def test_two_runs_share_a_reference(tmp_path):
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        import numpy as np
+        from pathlib import Path
+        from data import Scores, write_reference
+        for i in range(40):
+            one = np.full(3, i, dtype=np.float32)
+            write_reference(Path("r.safetensors"), "key", {{bytes([int(sys.argv[1]), i] + 14 * [0]): Scores(one, one)}})
+    """
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=tmp_path) for n in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    found = data.read_reference(tmp_path / "r.safetensors", "key")
+    assert {key[:2] for key in found} == {bytes([n, i]) for n in range(2) for i in range(40)}
+    assert all(score.logp.tolist() == 3 * [key[1]] for key, score in found.items())
+
+
+def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsys):
+    rows, collate = [0], train.collate
+
+    def interrupted(groups, device):
+        rows[0] += 1
+        if rows[0] == 3:
+            raise KeyboardInterrupt(signal.SIGINT)
+        return collate(groups, device)
+    monkeypatch.setattr(train, "collate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job(tokens_per_row=100)
+    done = len(load_file(tmp_path / "out/reference.safetensors")["digest"])
+    job(tokens_per_row=100)
+    assert done and f"scoring {50 - done} pairs" in capsys.readouterr().out
+    job(out=str(tmp_path / "whole"), tokens_per_row=100)
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+# --- as a user meets it -----------------------------------------------------------------------------------------
+
+def start(make_model, pairs, out, *flags, torchrun=()):
+    command = [sys.executable, *torchrun, ROOT / "train.py", "--model", make_model(), "--data", pairs, "--out", out,
+               "--samples", 0, "--steps", 5000, "--log-every", 5000, *flags]
+    run = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    while run.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+        time.sleep(0.05)
+    return run
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals(make_model, pairs, tmp_path, number, status):
+    run = start(make_model, pairs, tmp_path / "out")
+    run.send_signal(number)
+    error = run.communicate(timeout=60)[1]
+    found, = checkpoints(tmp_path / "out")
+    assert run.returncode == status and f"{number.name}; --resume continues from {found}" in error
+    assert len(error.splitlines()) == 1 and whole(found)
+    assert len(rows_of(tmp_path / "out/metrics.jsonl")) == int(found.name[5:])
+
+
+def test_the_second_ctrl_c_leaves_at_once(make_model, pairs, tmp_path):
+    cfg = Config(model=str(make_model()), data=str(pairs), out=str(tmp_path), steps=4, samples=0)
+
+    def impatient(step, model):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert len(rows_of(tmp_path / "metrics.jsonl")) == 1                  # still here
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            pytest.fail("was not interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        fit(cfg, ALONE, impatient)
+    assert not checkpoints(tmp_path)
+
+
+def test_torchrun(make_model, pairs, tmp_path):
+    """A signal stops both ranks after the same step; a rank that fails brings down the other one, with its message."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = start(make_model, pairs, tmp_path / "out", torchrun=torchrun)
+    run.send_signal(signal.SIGTERM)
+    error = run.communicate(timeout=60)[1]
+    assert "SIGTERM; --resume continues from" in error and len(checkpoints(tmp_path / "out")) == 1, error
+    (tmp_path / "fail.py").write_text(f"""if True:
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import train
+        gradient = train.gradient
+        def failing(policy, scaler, method, part, step, *rest):
+            if step == 2 and os.environ["RANK"] == "1":
+                raise train.RunFailed("as asked")
+            return gradient(policy, scaler, method, part, step, *rest)
+        train.gradient = failing
+        train.main()""")
+    command = [sys.executable, *torchrun, tmp_path / "fail.py", "--model", make_model(), "--data", pairs, "--out",
+               tmp_path / "b", "--steps", 9]
+    began = time.perf_counter()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "train.py: error: as asked" in done.stderr and time.perf_counter() - began < 60
+
+
+def test_torture(run):
+    done = run("tests/torture.py", "--kills", 4, "--rank-kills", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("bit for bit") == 2
