@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 class BadModel(ValueError):
@@ -165,6 +164,8 @@ FAMILIES = {                            # model_type of config.json
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The transformer
 
+TILE = 512         # queries of one call of attention on a CPU
+CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
 
@@ -173,10 +174,33 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
-def attention_mask(segments: Tensor) -> Tensor:
-    """(B, T) segment ids -> (B, 1, T, T), True where attention is allowed.  Every token sees itself: no empty row."""
-    allowed = visible(segments[:, :, None], segments[:, None, :])
-    return allowed.tril()[:, None]
+class Tile(NamedTuple):
+    """Some neighbouring queries of a row, and the stretch of keys in which they see any."""
+    queries: int                    # how many: Q
+    keys: slice
+    mask: Tensor | None             # (B, 1, Q, keys), added to the scores: 0, or -inf for what is not seen
+
+
+def attention_tiles(segments: Tensor, dtype: torch.dtype = torch.float32) -> list[Tile]:
+    """(B, T) segment ids -> what sees what.  Every token sees itself: no empty row.
+
+    A GPU takes the row whole.  A CPU takes it group by group, long ones TILE queries at a time: pairs that lie side by
+    side cost no attention between them, and the end of a long one none for its beginning.
+    """
+    total, cuts, size = segments.size(1), [0], segments.size(1)
+    if segments.device.type == "cpu":
+        group, size = segments // BRANCHES, TILE
+        for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
+            if edge - cuts[-1] >= TILE // 4:                         # short groups together: a call has its price too
+                cuts.append(edge)
+    tiles = []
+    for start, stop in zip(cuts, [*cuts[1:], total]):
+        for at in range(start, stop, size):
+            end = min(at + size, stop)
+            seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            tiles.append(Tile(end - at, slice(start, end), mask[:, None]))
+    return tiles
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -208,16 +232,19 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, tiles, cache):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)                                # (B, KV, past + T, D)
-        causal = mask is None and q.size(2) > 1                      # one new token sees all that is cached
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.out(y.transpose(1, 2).flatten(2))                # (B, T, C)
+        causal = tiles is None and q.size(2) > 1                     # one new token sees all that is cached
+        tiles = tiles or [Tile(q.size(2), slice(None), None)]
+        y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
+                                            enable_gqa=self.grouped)
+             for part, (_, keys, mask) in zip(q.split([tile.queries for tile in tiles], 2), tiles)]
+        return self.out(torch.cat(y, 2).transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -239,9 +266,65 @@ class Block(nn.Module):
         self.norm1, self.attn = norm(c.dim, eps=c.eps), Attention(c)
         self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
 
-    def forward(self, x, rope, mask, cache=None):
-        x = x + self.attn(self.norm1(x), rope, mask, cache)          # (B, T, C)
+    def forward(self, x, rope, tiles, cache=None):
+        x = x + self.attn(self.norm1(x), rope, tiles, cache)          # (B, T, C)
         return x + self.mlp(self.norm2(x))                           # (B, T, C)
+
+
+class Head(torch.autograd.Function):
+    """Log-probability of each scored token, and the entropy there (which carries no gradient), from hidden states and
+    the head's weight, `width` words of the vocabulary at a time.
+
+    The backward pass makes the logits again, so that no more than a slice of them is ever in memory, and writes the
+    gradient of every weight once, where it stays.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
+        log_z = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))    # (N,)
+        mean = torch.zeros_like(log_z)                               # (N,) of the logits seen so far
+        for w in weight.split(width):
+            logits = F.linear(x, w).to(log_z.dtype)                  # (N, width)
+            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
+            if entropy:
+                inside = (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)
+                mean = mean * (before - log_z).exp() + inside
+        logp = (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z
+        entropies = log_z - mean if entropy else None
+        ctx.save_for_backward(x, weight, target, log_z)
+        ctx.width = width
+        if entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logp, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, up, _):
+        x, weight, target, log_z = ctx.saved_tensors
+        up = up[:, None]                                             # (N, 1)
+        dx, dw = torch.zeros_like(x), torch.empty_like(weight)
+        for w, d in zip(weight.split(ctx.width), dw.split(ctx.width)):
+            p = (F.linear(x, w).to(log_z.dtype) - log_z[:, None]).exp_()
+            p = p.mul_(-up).to(x.dtype)                              # (N, width) gradient of the logits
+            dx.addmm_(p, w)
+            torch.mm(p.t(), x, out=d)
+        up = up.to(x.dtype)
+        return dx.add_(weight[target] * up), dw.index_add_(0, target, x * up), None, None, None
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table, and the table itself for its second use, the tied head: the gradient of the rows is added to the
+    head's in place, instead of in a second table that is nearly all zeros."""
+
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_rows, d_table):
+        return d_table.index_add_(0, ctx.saved_tensors[0].flatten(), d_rows.flatten(0, -2)), None
 
 
 class Transformer(nn.Module):
@@ -250,7 +333,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.chunk = max(1, 2 ** 24 // config.vocab_size)            # rows of logits at a time: 64 MiB of float32
+        self.chunk = None                                            # logits at a time, else CHUNK's
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -259,15 +342,16 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
-        x = self.embed(tokens)                                       # (B, T) -> (B, T, C)
+    def hidden(self, tokens: Tensor, positions: Tensor, tiles: list[Tile] | None = None, caches=None,
+               x: Tensor | None = None) -> Tensor:
+        x = self.embed(tokens) if x is None else x                   # (B, T) -> (B, T, C)
         rope = None
         if self.position is not None:
             x = x + self.position(positions)                         # (B, T, C)
         else:
             rope = self._rotations(positions)                        # cos and sin, (B, 1, T, D/2)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rope, mask, cache)                          # (B, T, C)
+            x = block(x, rope, tiles, cache)                         # (B, T, C)
         return self.norm(x)
 
     def _rotations(self, positions):
@@ -290,20 +374,13 @@ class Transformer(nn.Module):
         tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
         from the hidden state at source[i] (N,), an index into the B*T tokens.
         """
-        x = self.hidden(tokens, positions, attention_mask(segments)).flatten(0, 1)[source]  # (N, C)
-        score = partial(checkpoint, self._score, use_reentrant=False, preserve_rng_state=False) \
-            if torch.is_grad_enabled() else self._score              # logits are made again for the backward pass
-        parts = [score(h, t, entropy) for h, t in zip(x.split(self.chunk), target.split(self.chunk))]
-        logp, entropies = zip(*parts)
-        return torch.cat(logp), torch.cat(entropies) if entropy else None
-
-    def _score(self, x, target, entropy):
-        logits = self.head(x).float()                                # (n, V), n at most self.chunk
-        log_z = logits.logsumexp(-1)                                 # (n,)
-        logp = logits.gather(-1, target[:, None])[:, 0] - log_z
-        if not entropy:
-            return logp, None
-        return logp, log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+        dtype, kind = self.embed.weight.dtype, tokens.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
+        x = self.hidden(tokens, positions, attention_tiles(segments, dtype), x=x).flatten(0, 1)[source]     # (N, C)
+        width = max(256, (self.chunk or CHUNK[kind]) // max(1, len(target)))
+        return Head.apply(x.to(dtype), weight.to(dtype), target, width, entropy)
 
     @torch.no_grad()
     def generate(self, ids: list[int], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
