@@ -28,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 class BadModel(ValueError):
@@ -214,6 +213,8 @@ ONLY = {                                # settings of config.json of which this 
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The transformer
 
+TILE = 512         # queries of one call of attention on a CPU
+CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
 
@@ -222,19 +223,37 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
-def attention_mask(segments: Tensor, new: int | None = None) -> Tensor:
-    """(B, S) segment ids -> (B, 1, T, S), True where attention is allowed, for all tokens or only the `new` last ones.
-    Every token sees itself: no empty row."""
-    past = segments.size(1) - (new or segments.size(1))
-    return visible(segments[:, past:, None], segments[:, None, :]).tril(past)[:, None]
+class Tile(NamedTuple):
+    """Some neighbouring queries of a row, and the stretch of keys in which they see any."""
+    queries: int                    # how many: Q
+    keys: slice
+    mask: Tensor | None             # (B, 1, Q, keys), added to the scores: 0, or -inf for what is not seen
 
 
-def narrow(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
-    """A mask (None: all earlier tokens) without what lies `window` positions back, from (B, T) and (B, S) positions."""
-    if key.size(1) <= window:
-        return mask
-    back = (query[:, :, None] - key[:, None, :])[:, None]            # (B, 1, T, S)
-    return (back >= 0) & (back < window) if mask is None else mask & (back < window)
+def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.dtype = torch.float32,
+                    window: int | None = None) -> list[Tile]:
+    """(B, S) segment ids and positions of all tokens -> what the last `new` of them see, no further back than the
+    window.  Every token sees itself: no empty row.
+
+    A GPU takes the row whole.  A CPU takes it group by group, long ones TILE queries at a time: pairs that lie side by
+    side cost no attention between them, and the end of a long one none for its beginning.
+    """
+    total, cuts, size = segments.size(1), [0], new
+    if segments.device.type == "cpu":
+        group, size = segments // BRANCHES, TILE
+        for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
+            if edge - cuts[-1] >= TILE // 4:                         # short groups together: a call has its price too
+                cuts.append(edge)
+    tiles = []
+    for start, stop in zip(cuts, [*cuts[1:], total]):
+        for at in range(max(start, total - new), stop, size):
+            end = min(at + size, stop)
+            seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
+            if window:
+                seen &= positions[:, at:end, None] - positions[:, None, start:end] < window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            tiles.append(Tile(end - at, slice(start, end), mask[:, None]))
+    return tiles
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -268,7 +287,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, tiles, cache):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
         if self.q_norm is not None:                                  # in float32 under autocast, like the other norms
@@ -277,8 +296,12 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)                                # (B, KV, past + T, D)
-        causal = mask is None and q.size(2) > 1                      # one new token sees all that is cached
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        causal = tiles is None and q.size(2) > 1                     # one new token sees all that is cached
+        tiles = tiles or [Tile(q.size(2), slice(None), None)]
+        y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
+                                            enable_gqa=self.grouped)
+             for part, (_, keys, mask) in zip(q.split([tile.queries for tile in tiles], 2), tiles)]
+        y = torch.cat(y, 2) if y[1:] else y[0]                       # (B, H, T, D)
         return self.out(y.transpose(1, 2).flatten(2))                # (B, T, C)
 
 
@@ -302,9 +325,69 @@ class Block(nn.Module):
         self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
         self.parallel = c.parallel
 
-    def forward(self, x, rope, mask, cache=None):
-        y = x + self.attn(self.norm1(x), rope, mask, cache)          # (B, T, C)
+    def forward(self, x, rope, tiles, cache=None):
+        y = x + self.attn(self.norm1(x), rope, tiles, cache)         # (B, T, C)
         return y + self.mlp(self.norm2(x if self.parallel else y))   # (B, T, C)
+
+
+class Head(torch.autograd.Function):
+    """Log-probability of each scored token, and the entropy there (which carries no gradient), from hidden states and
+    the head's weight, `width` words of the vocabulary at a time.
+
+    The backward pass makes the logits again, so that no more than a slice of them is ever in memory, and writes the
+    gradient of every weight once, where it stays.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
+        log_z = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))    # (N,)
+        mean = torch.zeros_like(log_z)                               # (N,) of the logits seen so far
+        for w in weight.split(width):
+            logits = F.linear(x, w).to(log_z.dtype)                  # (N, width)
+            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
+            if entropy:
+                inside = (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)
+                mean = mean * (before - log_z).exp() + inside
+        logp = (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z
+        entropies = log_z - mean if entropy else None
+        ctx.save_for_backward(x, weight, target, log_z)
+        ctx.width = width
+        if entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logp, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, up, _):
+        x, weight, target, log_z = ctx.saved_tensors
+        up = up[:, None]                                             # (N, 1)
+        dx = (weight[target] * up).to(log_z.dtype)                   # (N, C), a sum of many slices: in float32
+        dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for at in range(0, len(weight), ctx.width):
+            w = weight[at:at + ctx.width]                            # (width, C)
+            p = (F.linear(x, w).to(log_z.dtype) - log_z[:, None]).exp_()
+            p = p.mul_(-up).to(x.dtype)                              # (N, width) gradient of the logits
+            dx = dx.addmm_(p, w) if dx.dtype == w.dtype else dx.add_(p @ w)
+            if dw is not None:
+                torch.mm(p.t(), x, out=dw[at:at + ctx.width])
+        if dw is not None:
+            dw.index_add_(0, target, (x * up).to(dw.dtype))
+        return dx.to(x.dtype), dw, None, None, None
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a table, and the table itself for its second use, the tied head: the gradient of the rows is added to the
+    head's in place, instead of in a second table that is nearly all zeros."""
+
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_rows, d_table):
+        return d_table.index_add_(0, ctx.saved_tensors[0].flatten(), d_rows.flatten(0, -2)), None
 
 
 class Transformer(nn.Module):
@@ -313,7 +396,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.chunk = max(1, 2 ** 24 // config.vocab_size)            # rows of logits at a time: 64 MiB of float32
+        self.chunk = None                                            # logits at a time, else CHUNK's
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -322,19 +405,34 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
-        """(B, T) tokens -> (B, T, C).  positions are (B, S), those of the cached tokens too; mask is (B, 1, T, S)."""
-        x = self.embed(tokens)                                       # (B, T) -> (B, T, C)
+    def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None,
+               x: Tensor | None = None) -> Tensor:
+        """(B, T) tokens, or what they look up, (B, T, C) -> (B, T, C).
+
+        positions and segments, (B, S), are also those of the cached tokens; without segments all is one text.
+        """
+        x = self.embed(tokens) if x is None else x                   # (B, T) -> (B, T, C)
         x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums of many layers are never in half precision
-        at, rope = positions[:, -tokens.size(1):], None              # (B, T)
+        new, window, sliding = tokens.size(1), self.config.window, self.config.sliding
+        at, rope, dtype = positions[:, -new:], None, self.precision(tokens.device)                 # (B, T)
         if self.position is not None:
             x = x + self.position(at)                                # (B, T, C)
         else:
             rope = self._rotations(at)                               # cos and sin, (B, 1, T, R/2)
-        near = narrow(mask, at, positions, self.config.window) if self.config.sliding else None
+        far = near = None                                            # None: all earlier tokens
+        if segments is not None:
+            far = near = attention_tiles(segments, positions, new, dtype)
+        if sliding and positions.size(1) > window:
+            one = torch.zeros_like(positions) if segments is None else segments
+            near = attention_tiles(one, positions, new, dtype, window)
         for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks))):
-            x = block(x, rope, near if i in self.config.sliding else mask, cache)              # (B, T, C)
+            x = block(x, rope, near if i in sliding else far, cache)                               # (B, T, C)
         return self.norm(x)
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """What matrices are multiplied in."""
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype
 
     def _rotations(self, positions):
         exponent = torch.arange(0, self.config.rotary, 2, device=positions.device) / self.config.rotary
@@ -356,20 +454,11 @@ class Transformer(nn.Module):
         tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
         from the hidden state at source[i] (N,), an index into the B*T tokens.
         """
-        x = self.hidden(tokens, positions, attention_mask(segments)).flatten(0, 1)[source]  # (N, C)
-        score = partial(checkpoint, self._score, use_reentrant=False, preserve_rng_state=False) \
-            if torch.is_grad_enabled() else self._score              # logits are made again for the backward pass
-        parts = [score(h, t, entropy) for h, t in zip(x.split(self.chunk), target.split(self.chunk))]
-        logp, entropies = zip(*parts)
-        return torch.cat(logp), torch.cat(entropies) if entropy else None
-
-    def _score(self, x, target, entropy):
-        logits = self.head(x).float()                                # (n, V), n at most self.chunk
-        log_z = logits.logsumexp(-1)                                 # (n,)
-        logp = logits.gather(-1, target[:, None])[:, 0] - log_z
-        if not entropy:
-            return logp, None
-        return logp, log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+        dtype = self.precision(tokens.device)
+        x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
+        x = self.hidden(tokens, positions, segments, x=x).flatten(0, 1)[source]                    # (N, C)
+        width = max(256, (self.chunk or CHUNK[tokens.device.type]) // max(1, len(target)))
+        return Head.apply(x.to(dtype), weight.to(dtype), target, width, entropy)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
@@ -384,8 +473,8 @@ class Transformer(nn.Module):
         caches, tokens, ragged = [Cache() for _ in self.blocks], [0] * len(prompts), longest > min(map(len, prompts))
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
             at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
-            mask = attention_mask((at < 0) * BRANCHES, new.size(1)) if ragged else None        # and another group
-            logits = self.head(self.hidden(new, at.clamp(0, last), mask, caches)[:, -1]).float().cpu()      # (B, V)
+            segments = (at < 0) * BRANCHES if ragged else None       # padding: another group
+            logits = self.head(self.hidden(new, at.clamp(0, last), segments, caches)[:, -1]).float().cpu()  # (B, V)
             for i, ids in enumerate(prompts):
                 if tokens[i] is not None:
                     token = sample(logits[i], temperature, top_p, generators and generators[i])

@@ -18,9 +18,9 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import model
+import model as model_py
 from data import collate
-from model import FAMILIES, BadModel, Transformer, attention_mask
+from model import FAMILIES, BadModel, Head, Lookup, Transformer, attention_tiles, visible
 
 
 def theirs(folder):
@@ -177,13 +177,76 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("width", [1, 7, 32, 100])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_the_head_by_slices_equals_autograd_on_the_dense_one(width, dtype, atol):
+    """32 words, embedding and head one table; in double precision to the last digits."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(32, 8, generator=g, dtype=torch.float64).to(dtype)
+    mix = torch.randn(8, 8, generator=g, dtype=torch.float64).to(dtype)
+    ids, target = torch.randint(0, 32, (2, 1, 20), generator=g)
+    scale = torch.rand(20, generator=g, dtype=torch.float64)
+
+    dense = table.double().clone().requires_grad_()
+    log_p = (dense[ids[0]] @ mix.double() @ dense.t()).log_softmax(-1)
+    want = log_p.gather(-1, target[0][:, None])[:, 0]
+    (want * scale).sum().backward()
+
+    ours = table.clone().requires_grad_()
+    x, head = Lookup.apply(ours, ids)
+    logp, entropy = Head.apply(x[0] @ mix, head, target[0], width, True)
+    assert torch.equal(logp, Head.apply(x[0] @ mix, head, target[0], width, False)[0]) and not entropy.requires_grad
+    (logp * scale).sum().backward()
+    assert torch.allclose(logp.double(), want, rtol=atol, atol=atol)
+    assert torch.allclose(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=atol, atol=atol)
+    assert (ours.grad.double() - dense.grad).norm() <= atol * dense.grad.norm()
+
+
+@pytest.mark.parametrize("tile", [1, 8, 50, 512])
+def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
+    """Cut at every edge of a group, or at few, and inside of groups; in scores and in gradients."""
+    monkeypatch.setattr(model_py, "TILE", tile)
+    model = Transformer.from_pretrained(make_model("llama-grouped"))
+    rows = collate(some_groups(model, count=6))
+    tiles = attention_tiles(rows.segments, rows.positions, rows.tokens.size(1))
+    assert sum(each.queries for each in tiles) == rows.tokens.numel()
+    assert tile == 512 or len(tiles) > 2
+    seen = visible(rows.segments[:, :, None], rows.segments[:, None, :]).tril()[:, None]
+    whole = [model_py.Tile(rows.tokens.numel(), slice(None), torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))]
+    found = []
+    for each in (tiles, whole):
+        monkeypatch.setattr(model_py, "attention_tiles", lambda *_, each=each: each)
+        hidden = model.hidden(rows.tokens, rows.positions, rows.segments)
+        hidden.square().sum().backward()
+        found.append((hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    for name, want in found[1][1].items():
+        assert (found[0][1][name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_autocast_scores_and_gradients_are_near_float32(make_model):
+    for name in ("gpt2", "llama-tied", "llama-grouped"):
+        model, found = Transformer.from_pretrained(make_model(name)), []
+        rows = collate(some_groups(model))
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logp, _ = model(*rows.inputs())
+            rows.total(logp).sum().backward()
+            found.append((rows.total(logp).detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+            model.zero_grad()
+        (want, gradient), (scores, near) = found
+        assert scores.dtype == near.dtype == torch.float32 and (scores - want).abs().max() < 0.5
+        assert (near - gradient).norm() < 0.05 * gradient.norm()
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 10 ** 6])
 def test_chunked_head_equals_dense(make_model, chunk):
     model = Transformer.from_pretrained(make_model("llama-tied"))
     rows = collate(some_groups(model, count=8))
     weights = torch.rand(len(rows.target), generator=torch.Generator().manual_seed(0))
 
-    hidden = model.hidden(rows.tokens, rows.positions, attention_mask(rows.segments)).flatten(0, 1)[rows.source]
+    hidden = model.hidden(rows.tokens, rows.positions, rows.segments).flatten(0, 1)[rows.source]
     log_p = model.head(hidden).log_softmax(-1)
     dense = log_p.gather(-1, rows.target[:, None])[:, 0]
     (dense * weights).sum().backward()
@@ -339,7 +402,7 @@ def command_line(monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["model.py", *map(str, arguments)])
     status = 0
     try:
-        model.main()
+        model_py.main()
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
