@@ -442,7 +442,7 @@ def test_brackets_of_any_depth(tmp_path, tokenizer):
         row = row.replace("1", "[" * depth + "]" * depth)
         for name, text in (("f.jsonl", row), ("f.json", f"[{row}]")):
             (tmp_path / name).write_text(text)
-            with pytest.raises(BadData, match="no chat template|recursion"):
+            with pytest.raises(BadData, match=r"no chat template|recursion"):
                 load_pairs(tmp_path / name, tokenizer, 50)
 
 
