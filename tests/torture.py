@@ -1,7 +1,7 @@
 """Kill training runs at random moments, resume them, and compare what they end with to a run that nobody disturbed.
 
     python tests/torture.py                                 20 kills of one process, 3 of one of two ranks: 2 minutes
-    python tests/torture.py --kills 4 --rank-kills 1        what pytest does
+    python tests/torture.py --kills 3 --rank-kills 1        what pytest does
 
 A kill is SIGKILL, at a random time or at a random file operation: in the reference pass, in steps, in saves.
 """
