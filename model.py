@@ -460,6 +460,10 @@ class Transformer(nn.Module):
         width = max(256, (self.chunk or CHUNK[tokens.device.type]) // max(1, len(target)))
         return Head.apply(x.to(dtype), weight.to(dtype), target, width, entropy)
 
+    def predict(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None) -> Tensor:
+        """(B, V) logits of what follows the last tokens; arguments as of `hidden`."""
+        return self.head(self.hidden(tokens, positions, segments, caches)[:, -1])
+
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                  stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None
@@ -474,7 +478,7 @@ class Transformer(nn.Module):
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
             at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
             segments = (at < 0) * BRANCHES if ragged else None       # padding: another group
-            logits = self.head(self.hidden(new, at.clamp(0, last), segments, caches)[:, -1]).float().cpu()  # (B, V)
+            logits = self.predict(new, at.clamp(0, last), segments, caches).float().cpu()              # (B, V)
             for i, ids in enumerate(prompts):
                 if tokens[i] is not None:
                     token = sample(logits[i], temperature, top_p, generators and generators[i])
@@ -486,12 +490,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def whole(self, name: str) -> Tensor:
-        """A parameter by its name, on the CPU: with its low-rank update, and put together if ranks share it out.
-
-        The ranks that share it must all ask.
-        """
-        def full(t):
-            return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
+        """A parameter by its name, on the CPU and put together, with its update of low rank."""
         module, weight = self.get_submodule(name.rpartition(".")[0]), full(self.get_parameter(name))
         if isinstance(module, LowRank) and name.endswith(".weight"):
             weight = weight.float() + module.scale * full(module.B) @ full(module.A)
@@ -558,28 +557,29 @@ class Transformer(nn.Module):
             model.head.weight = model.embed.weight
         return model
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor of the folder by the name it has there."""
+        if name in self.origin.buffers:
+            return self.origin.buffers[name]
+        family = self.origin.family
+        ours, transposed = family.find(name, self.config.layers)
+        stacked = torch.cat([self.whole(p) for p in ours])
+        if family.by_head and len(ours) > 1:
+            stacked = take_turns(stacked, len(ours), self.config.heads)
+        return (stacked.t() if transposed else stacked).to(self.origin.tensors[name][1], copy=True).contiguous()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that from_pretrained read, with these weights: same files, tensor names, shapes, dtypes.
 
         Everything is written beside its place, forced to the disk and then renamed: no file is ever half written.
+        Ranks that share the weights out must all ask for each of origin.tensors as `stored`, in their order.
         """
         folder, origin = Path(folder), self.origin
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        for file in sorted({file for file, _ in origin.tensors.values()}):
-            tensors = {}
-            for name, (where, dtype) in origin.tensors.items():
-                if where != file:
-                    continue
-                if name in origin.buffers:
-                    tensors[name] = origin.buffers[name]
-                    continue
-                ours, transposed = origin.family.find(name, self.config.layers)
-                stacked = torch.cat([self.whole(p) for p in ours])
-                if origin.family.by_head and len(ours) > 1:
-                    stacked = take_turns(stacked, len(ours), self.config.heads)
-                tensors[name] = (stacked.t() if transposed else stacked).to(dtype, copy=True).contiguous()
+        for file in dict.fromkeys(file for file, _ in origin.tensors.values()):
+            tensors = {name: self.stored(name) for name, (where, _) in origin.tensors.items() if where == file}
             save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
             (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
         for name, content in origin.files.items():
@@ -604,6 +604,11 @@ def put(tensor: Tensor, place: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor  # half a second, for those who need it
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, put together if ranks share it out; all of them must ask."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 
 
 def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:

@@ -22,6 +22,7 @@ import sys
 import time
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ from data import (
     write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
-from model import TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter
+from model import TARGETS, BadModel, Transformer, add_lora, fsync, full, put, read_json, save_adapter
 
 
 class BadConfig(ValueError):
@@ -120,6 +121,9 @@ class Config:
     samples: int = flag(2, "prompts to answer before and after")
     sample_tokens: int = flag(64, "longest sample")
     seed: int = flag(0, "order of the data, and sampling")
+    shard: bool = flag(False, "share the model out over the processes of torchrun (FSDP2), instead of a copy each")
+    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16: updates rounded at random")
+    dry_run: bool = flag(False, "say what the run would take, and stop")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
 
@@ -139,6 +143,9 @@ class Config:
                     raise BadConfig(f"--{name.replace('_', '-')} is {value!r}, it must {what}")
         if self.eval_pairs > 1 and self.eval_pairs % 1:
             raise BadConfig(f"--eval-pairs is {self.eval_pairs}, it must be a share below 1 or a whole number")
+        small = [name for name in ("shard", "lora_rank", "param_dtype") if getattr(self, name) not in (0, "float32")]
+        if small[1:]:
+            raise BadConfig(f"--{' and --'.join(small).replace('_', '-')} do not go together; give one of them")
         if not self.lora_rank and (self.merge or self.lora_alpha or self.lora_targets):
             raise BadConfig("--lora-alpha, --lora-targets and --merge are for --lora-rank, which is 0")
         if self.eval_data and self.eval_pairs:
@@ -218,6 +225,7 @@ class World(NamedTuple):
     size: int
     device: torch.device
     dtype: torch.dtype
+    shard: bool = False                 # ranks share the parameters out
 
     def say(self, text: str = "") -> None:
         if self.rank == 0:
@@ -267,8 +275,28 @@ def join_world(cfg: Config) -> World:
         store, rank, size = next(dist.rendezvous("env://"))        # after a restart: with the addresses of dead ranks
         store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-        return World(dist.get_rank(), dist.get_world_size(), device, dtype)
+        return World(dist.get_rank(), dist.get_world_size(), device, dtype, cfg.shard)
+    if cfg.shard:
+        raise BadConfig("--shard shares a model out over processes; start them with torchrun --nproc-per-node=...")
     return World(0, 1, device, dtype)
+
+
+def share_out(model: Transformer, world: World) -> None:
+    """FSDP2: each rank keeps a share of every parameter; a block's are gathered when it runs."""
+    from torch.distributed.device_mesh import init_device_mesh  # seconds, for those who need them
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "predict")
+
+
+def exchange(policy, world: World, now: bool):
+    """The ranks add up their gradients in the backward pass inside; or later, with those of the rows that follow."""
+    if world.shard:
+        policy.set_requires_gradient_sync(now)
+    return contextlib.nullcontext() if now or world.shard or world.size == 1 else policy.no_sync()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -277,13 +305,14 @@ def join_world(cfg: Config) -> World:
 def fingerprint(model: Transformer, world: World) -> str:
     """A hash of all weights and of how they are computed with."""
     digest = hashlib.sha256(f"{world.device.type} {world.dtype} {model.config}".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    for name, _ in model.named_parameters():
+        if not name.endswith((".A", ".B")):                          # LoRA's: they change nothing yet
+            digest.update(name.encode())
+            digest.update(model.whole(name).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pair]],
                     world: World) -> dict[bytes, Scores]:
     """Score the pairs that the file lacks, each in the first row that has it; every rank gets all scores.
@@ -296,6 +325,9 @@ def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pa
         for pair in row:
             first.setdefault(pair.digest(), i)
     todo = sorted({i for digest, i in first.items() if digest not in known and i % world.size == world.rank})
+    if world.shard:                                                  # all ranks run equally often
+        most = Counter(i % world.size for i in {i for d, i in first.items() if d not in known}).most_common(1)
+        todo += [0] * (most[0][1] - len(todo) if most else 0)
     count, start = len(first.keys() - known.keys()), time.perf_counter()
     world.say(f"reference   {f'scoring {count:,} pairs into' if count else 'all scores reused from'} {path}")
     saved = start
@@ -394,13 +426,14 @@ def sums(outcome: Outcome) -> Tensor:
     return torch.stack([value.detach().sum() for value in outcome])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: Transformer, method: Method, part: Part, world: World) -> dict[str, float]:
     """Means over all held-out pairs, on all ranks."""
     total = torch.zeros(len(Outcome._fields), device=world.device)
     for step in range(part.steps):
-        for row in filter(None, part.schedule.rows(step, world.rank, world.size)):
-            total += sums(judge(model, method, part, row, world))
+        for row in part.schedule.rows(step, world.rank, world.size):
+            if row or world.shard:                                   # then all ranks run equally often
+                total += bool(row) * sums(judge(model, method, part, row or part.schedule.batch(0)[:1], world))
     means = (world.total(total) / len(part.pairs)).tolist()
     return dict(zip(Outcome._fields, means))
 
@@ -425,18 +458,24 @@ def checkpoint_size(model: Transformer) -> int:
     return each * sum(p.numel() for p in model.parameters())
 
 
-def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    """The model's folder, in state.safetensors the weights in float32 and what AdamW keeps of each, `state` as JSON.
+def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: torch.optim.Optimizer,
+                    world: World) -> None:
+    """The model's folder, in state.safetensors the weights as trained and what AdamW keeps of each, `state` as JSON.
 
     Written beside its place, forced to the disk, renamed; only then the one before is removed.
     """
-    out = Path(cfg.out)
+    out, tensors = Path(cfg.out), {}
     new = out / "checkpoint" / "new"
-    tensors = {f"{kind}.{name}": value.detach() for name, p in model.named_parameters() if p.requires_grad
-               for kind, value in {"weight": p, **optimizer.state[p]}.items()}
+    for name, p in model.named_parameters():
+        for kind, value in {"weight": p, **optimizer.state[p]}.items() if p.requires_grad else ():
+            value = full(value)
+            if world.rank == 0:
+                tensors[f"{kind}.{name}"] = value
+    if world.rank:
+        return save_weights(cfg, model, new / "model", world)
     try:
         shutil.rmtree(new, ignore_errors=True)
-        save_weights(cfg, model, new / "model")
+        save_weights(cfg, model, new / "model", world)
         save_file(tensors, new / "state.safetensors")
         files = {str(path.relative_to(new)): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         write_json(new / "state.json", {**state, "sha256": files})
@@ -461,10 +500,11 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
         for key in file.keys():                                    # noqa: SIM118 (it is not a dict)
             kind, _, name = key.partition(".")
             p = model.get_parameter(name)
+            tensor = file.get_tensor(key).to(p.device)
             if kind == "weight":
-                p.data.copy_(file.get_tensor(key))
+                p.data.copy_(put(tensor, p))
             else:
-                optimizer.state[p][kind] = file.get_tensor(key).to(p.device)
+                optimizer.state[p][kind] = put(tensor, p) if tensor.dim() else tensor
 
 
 def sha256(path: Path) -> str:
@@ -534,7 +574,8 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
     """Run the steps of `part` that `state` has not behind it; `metrics` and `evaluations` take dicts,
     `on_step(step, model)` is called before each step and after the last."""
     ddp = {"device_ids": [world.device.index]} if world.device.type == "cuda" else {}
-    policy = DistributedDataParallel(model, **ddp) if world.size > 1 else model
+    policy = DistributedDataParallel(model, gradient_as_bucket_view=True, **ddp) \
+        if world.size > 1 and not world.shard else model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
@@ -559,7 +600,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
                       f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip).item()
+        norm = full(torch.nn.utils.clip_grad_norm_(trained, cfg.clip)).item()
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, part.steps)
         if bad or (not math.isfinite(norm) and scaler.get_scale() <= 1):   # above 1 it is float16's, and the scaler's
             world.say(skip(cfg, part, step, bad, state["skipped"]))
@@ -578,9 +619,11 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             world.say(progress(row, part.steps, cfg.method.link is not None))
         every, done = cfg.save_every, step + 1
         due = now - saved > SAVE_SECONDS if every is None else every and done % every == 0
-        if world.rank == 0 and every != 0 and (due or stop or done == part.steps):
+        if world.shard:
+            due, = world.agree(lambda due=due: [due])
+        if (world.rank == 0 or world.shard) and every != 0 and (due or stop or done == part.steps):
             state.update(step=done, seconds=now - start, scaler=scaler.state_dict())
-            save_checkpoint(cfg, state, model, optimizer)
+            save_checkpoint(cfg, state, model, optimizer, world)
             saved = time.perf_counter()
         if stop:
             world.barrier()                                        # torchrun ends all when one ends
@@ -609,8 +652,7 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
     n = len(Outcome._fields)
     total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
     for i, row in enumerate(rows):
-        wait = world.size > 1 and i + 1 < len(rows)                # ranks exchange gradients with the last row only
-        with policy.no_sync() if wait else contextlib.nullcontext():
+        with exchange(policy, world, now=i + 1 == len(rows)):
             # --- the method: everything else in this loop is bookkeeping ------------------------------------
             outcome = judge(policy, method, part, row or batch[:1], world)
             counts = bool(row)                                     # an empty row takes part, and counts for nothing
@@ -664,8 +706,11 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
     folder = world.agree(lambda: str(find_model(cfg.model)))       # the first rank fetches what is on the hub
-    frozen = world.dtype if cfg.lora_rank and world.device.type == "cuda" else torch.float32
-    model, tokenizer = Transformer.from_pretrained(folder, world.device, frozen), Tokenizer(folder)
+    kind = world.dtype if cfg.lora_rank and world.device.type == "cuda" else DTYPES[cfg.param_dtype]
+    shard = (lambda model: share_out(model, world)) if world.shard else None
+    model, tokenizer = Transformer.from_pretrained(folder, world.device, kind, shard), Tokenizer(folder)
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
     for note in model.notes:
         world.say(f"note        {note}")
     others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}
@@ -686,25 +731,22 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
         on_step: Callable | None) -> None:
     """In a folder that is this run's alone, from the reference pass to what is left of a finished run."""
     out, method = Path(cfg.out), cfg.method
-    size = sum(p.numel() for p in model.parameters())
-    world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {str(world.dtype)[6:]} on "
-              f"{world.size} x {world.device.type}; a response ends with {tokenizer.text([tokenizer.eos])!r}")
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= which) for which in (0, 1))
+    world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained, "
+              f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}; a response ends with "
+              f"{tokenizer.text([int(part.pairs[0].chosen[-1])])!r}")
     settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
     world.say(f"method      {cfg.loss}: {settings}")
     key = fingerprint(model, world)
     record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "phi_star": None,
-              "steps": part.steps, "finished": False, "pairs": len(part.pairs), "held_out": len(held.pairs if held else []),
+              "steps": part.steps, "finished": False, "pairs": len(part.pairs),
+              "held_out": len(held.pairs) if held else 0,
               "model_sha256": key, "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     state = world.agree(lambda: first_state(cfg, record))
     if state is None:
         return
     record["phi_star"] = weigh(cfg, model, key, part, held, world)
-    if cfg.lora_rank:
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        world.say(f"lora        rank {cfg.lora_rank} beside {' '.join(cfg.lora_targets or TARGETS)}: "
-                  f"{count / 1e6:,.2f}M parameters are trained")
     world.say(f"plan        {part.steps} steps of {min(cfg.batch_size, len(part.pairs))} pairs, "
               f"{part.steps / part.schedule.steps_per_epoch:.2f} epochs; rows of at most "
               f"{part.schedule.tokens_per_row} tokens")
@@ -721,7 +763,8 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
                   "rejected": tokenizer.text(pair.rejected), "before": b, "after": a}
                  for pair, b, a in zip(asked, before, after)]
         write_jsonl(out / "samples.jsonl", texts)
-        save_weights(cfg, model, out)
+    save_weights(cfg, model, out, world)
+    if world.rank == 0:
         write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
         remove(checkpoints(out))
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
@@ -868,8 +911,13 @@ def save_model(model: Transformer, out: Path) -> None:
     model.save_pretrained(out)
 
 
-def save_weights(cfg: Config, model: Transformer, out: Path) -> None:
-    """What was trained: the model's folder, or with LoRA adapter/ in it, as PEFT reads it, or both."""
+def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> None:
+    """What was trained: the model's folder, or with LoRA adapter/ in it, as PEFT reads it, or both.  Rank 0 writes, the
+    others give their shares."""
+    if world.rank:
+        for name in model.origin.tensors if world.shard else ():
+            model.stored(name)
+        return
     if cfg.lora_rank:
         save_adapter(model, out / "adapter", cfg.model)
     if cfg.merge or not cfg.lora_rank:
@@ -878,7 +926,7 @@ def save_weights(cfg: Config, model: Transformer, out: Path) -> None:
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pair], world: World) -> list[str]:
     """A sampled response to each prompt; on rank 0 only, the others wait at the next exchange."""
-    if world.rank:
+    if world.rank and not world.shard:
         return []
     texts, stop = [], {tokenizer.eos, *model.stop_tokens, *(int(pair.chosen[-1]) for pair in pairs)}
     for start in range(0, len(pairs), 16):                         # so many keep their keys and values in memory
@@ -938,7 +986,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         report(out, population, methods)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer, world: World) -> Tensor:
     """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has.
 
