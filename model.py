@@ -174,32 +174,24 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
-class Tile(NamedTuple):
-    """Some neighbouring queries of a row, and the stretch of keys in which they see any."""
-    queries: int                    # how many: Q
-    keys: slice
-    mask: Tensor | None             # (B, 1, Q, keys), added to the scores: 0, or -inf for what is not seen
+def attention_tiles(segments: Tensor, dtype: torch.dtype = torch.float32) -> list[tuple[int, slice, Tensor]]:
+    """(B, T) segment ids -> how many queries come next, the keys among which they see any, and what is added to their
+    scores: (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no empty row.
 
-
-def attention_tiles(segments: Tensor, dtype: torch.dtype = torch.float32) -> list[Tile]:
-    """(B, T) segment ids -> what sees what.  Every token sees itself: no empty row.
-
-    A GPU takes the row whole.  A CPU takes it group by group, long ones TILE queries at a time: pairs that lie side by
-    side cost no attention between them, and the end of a long one none for its beginning.
+    A GPU takes a row whole.  A CPU takes it by groups, short ones together and long ones TILE queries at a time, so
+    that attention costs nothing between neighbours, nor a beginning for what follows it.
     """
-    total, cuts, size = segments.size(1), [0], segments.size(1)
+    total, size, cuts, tiles = segments.size(1), segments.size(1), [0], []
     if segments.device.type == "cpu":
         group, size = segments // BRANCHES, TILE
         for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
-            if edge - cuts[-1] >= TILE // 4:                         # short groups together: a call has its price too
-                cuts.append(edge)
-    tiles = []
+            cuts += [edge] * (edge - cuts[-1] >= TILE // 4)
     for start, stop in zip(cuts, [*cuts[1:], total]):
         for at in range(start, stop, size):
             end = min(at + size, stop)
-            seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
+            seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)[:, None]
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            tiles.append(Tile(end - at, slice(start, end), mask[:, None]))
+            tiles.append((end - at, slice(start, end), mask))
     return tiles
 
 
@@ -240,10 +232,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)                                # (B, KV, past + T, D)
         causal = tiles is None and q.size(2) > 1                     # one new token sees all that is cached
-        tiles = tiles or [Tile(q.size(2), slice(None), None)]
+        tiles = tiles or [(q.size(2), slice(None), None)]
         y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
                                             enable_gqa=self.grouped)
-             for part, (_, keys, mask) in zip(q.split([tile.queries for tile in tiles], 2), tiles)]
+             for part, (_, keys, mask) in zip(q.split([count for count, _, _ in tiles], 2), tiles)]
         return self.out(torch.cat(y, 2).transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -272,49 +264,39 @@ class Block(nn.Module):
 
 
 class Head(torch.autograd.Function):
-    """Log-probability of each scored token, and the entropy there (which carries no gradient), from hidden states and
-    the head's weight, `width` words of the vocabulary at a time.
-
-    The backward pass makes the logits again, so that no more than a slice of them is ever in memory, and writes the
-    gradient of every weight once, where it stays.
-    """
+    """Log-probability of each scored token, and the entropy there (which carries no gradient), `width` words of the
+    vocabulary at a time.  The backward pass makes the logits again, and writes each weight's gradient once, in place:
+    no more than a slice of the logits is ever in memory."""
 
     @staticmethod
     def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
         log_z = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))    # (N,)
-        mean = torch.zeros_like(log_z)                               # (N,) of the logits seen so far
+        mean = torch.zeros_like(log_z)                               # (N,) expected logit, of the words so far
         for w in weight.split(width):
             logits = F.linear(x, w).to(log_z.dtype)                  # (N, width)
             before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
             if entropy:
                 inside = (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)
                 mean = mean * (before - log_z).exp() + inside
-        logp = (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z
-        entropies = log_z - mean if entropy else None
         ctx.save_for_backward(x, weight, target, log_z)
-        ctx.width = width
-        if entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logp, entropies
+        ctx.width, entropies = width, log_z - mean if entropy else None
+        ctx.mark_non_differentiable(*[entropies] * entropy)
+        return (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z, entropies
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, up, _):
         x, weight, target, log_z = ctx.saved_tensors
-        up = up[:, None]                                             # (N, 1)
-        dx, dw = torch.zeros_like(x), torch.empty_like(weight)
+        up, dx, dw = up[:, None].to(x.dtype), torch.zeros_like(x), torch.empty_like(weight)   # (N, 1), (N, C), (V, C)
+        down = x * -up                                               # (N, C)
         for w, d in zip(weight.split(ctx.width), dw.split(ctx.width)):
-            p = (F.linear(x, w).to(log_z.dtype) - log_z[:, None]).exp_()
-            p = p.mul_(-up).to(x.dtype)                              # (N, width) gradient of the logits
+            p = F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_().to(x.dtype)        # (N, width)
             dx.addmm_(p, w)
-            torch.mm(p.t(), x, out=d)
-        up = up.to(x.dtype)
-        return dx.add_(weight[target] * up), dw.index_add_(0, target, x * up), None, None, None
+            torch.mm(p.t(), down, out=d)
+        return up * (weight[target] - dx), dw.index_add_(0, target, down, alpha=-1), None, None, None
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, and the table itself for its second use, the tied head: the gradient of the rows is added to the
-    head's in place, instead of in a second table that is nearly all zeros."""
+    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table."""
 
     @staticmethod
     def forward(ctx, table, ids):
@@ -322,7 +304,6 @@ class Lookup(torch.autograd.Function):
         return F.embedding(ids, table), table.view_as(table)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_rows, d_table):
         return d_table.index_add_(0, ctx.saved_tensors[0].flatten(), d_rows.flatten(0, -2)), None
 
@@ -342,8 +323,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, tiles: list[Tile] | None = None, caches=None,
-               x: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, tiles: list | None = None, caches=None, x=None) -> Tensor:
         x = self.embed(tokens) if x is None else x                   # (B, T) -> (B, T, C)
         rope = None
         if self.position is not None:
@@ -374,9 +354,8 @@ class Transformer(nn.Module):
         tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
         from the hidden state at source[i] (N,), an index into the B*T tokens.
         """
-        dtype, kind = self.embed.weight.dtype, tokens.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
         x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
         x = self.hidden(tokens, positions, attention_tiles(segments, dtype), x=x).flatten(0, 1)[source]     # (N, C)
         width = max(256, (self.chunk or CHUNK[kind]) // max(1, len(target)))
