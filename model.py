@@ -223,28 +223,20 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
-class Tile(NamedTuple):
-    """Some neighbouring queries of a row, and the stretch of keys in which they see any."""
-    queries: int                    # how many: Q
-    keys: slice
-    mask: Tensor | None             # (B, 1, Q, keys), added to the scores: 0, or -inf for what is not seen
-
-
 def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.dtype = torch.float32,
-                    window: int | None = None) -> list[Tile]:
-    """(B, S) segment ids and positions of all tokens -> what the last `new` of them see, no further back than the
-    window.  Every token sees itself: no empty row.
+                    window: int | None = None) -> list[tuple[int, slice, Tensor]]:
+    """What the last `new` of the tokens see, by the (B, S) segment ids and positions of all, no further back than the
+    window: how many queries come next, the keys among which they see any, and what is added to their scores,
+    (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no empty row.
 
-    A GPU takes the row whole.  A CPU takes it group by group, long ones TILE queries at a time: pairs that lie side by
-    side cost no attention between them, and the end of a long one none for its beginning.
+    A GPU takes a row whole.  A CPU takes it by groups, short ones together and long ones TILE queries at a time, so
+    that attention costs nothing between neighbours, nor a beginning for what follows it.
     """
-    total, cuts, size = segments.size(1), [0], new
+    total, size, cuts, tiles = segments.size(1), new, [0], []
     if segments.device.type == "cpu":
         group, size = segments // BRANCHES, TILE
         for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
-            if edge - cuts[-1] >= TILE // 4:                         # short groups together: a call has its price too
-                cuts.append(edge)
-    tiles = []
+            cuts += [edge] * (edge - cuts[-1] >= TILE // 4)
     for start, stop in zip(cuts, [*cuts[1:], total]):
         for at in range(max(start, total - new), stop, size):
             end = min(at + size, stop)
@@ -252,7 +244,7 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
             if window:
                 seen &= positions[:, at:end, None] - positions[:, None, start:end] < window
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            tiles.append(Tile(end - at, slice(start, end), mask[:, None]))
+            tiles.append((end - at, slice(start, end), mask[:, None]))
     return tiles
 
 
@@ -297,10 +289,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)                                # (B, KV, past + T, D)
         causal = tiles is None and q.size(2) > 1                     # one new token sees all that is cached
-        tiles = tiles or [Tile(q.size(2), slice(None), None)]
+        tiles = tiles or [(q.size(2), slice(None), None)]
         y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
                                             enable_gqa=self.grouped)
-             for part, (_, keys, mask) in zip(q.split([tile.queries for tile in tiles], 2), tiles)]
+             for part, (_, keys, mask) in zip(q.split([count for count, _, _ in tiles], 2), tiles)]
         y = torch.cat(y, 2) if y[1:] else y[0]                       # (B, H, T, D)
         return self.out(y.transpose(1, 2).flatten(2))                # (B, T, C)
 
@@ -331,53 +323,45 @@ class Block(nn.Module):
 
 
 class Head(torch.autograd.Function):
-    """Log-probability of each scored token, and the entropy there (which carries no gradient), from hidden states and
-    the head's weight, `width` words of the vocabulary at a time.
-
-    The backward pass makes the logits again, so that no more than a slice of them is ever in memory, and writes the
-    gradient of every weight once, where it stays.
-    """
+    """Log-probability of each scored token, and the entropy there (which carries no gradient), `width` words of the
+    vocabulary at a time.  The backward pass makes the logits again, and writes each weight's gradient once, in place:
+    no more than a slice of the logits is ever in memory."""
 
     @staticmethod
     def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
         log_z = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))    # (N,)
-        mean = torch.zeros_like(log_z)                               # (N,) of the logits seen so far
+        mean = torch.zeros_like(log_z)                               # (N,) expected logit, of the words so far
         for w in weight.split(width):
             logits = F.linear(x, w).to(log_z.dtype)                  # (N, width)
             before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
             if entropy:
                 inside = (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)
                 mean = mean * (before - log_z).exp() + inside
-        logp = (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z
-        entropies = log_z - mean if entropy else None
         ctx.save_for_backward(x, weight, target, log_z)
-        ctx.width = width
-        if entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logp, entropies
+        ctx.width, entropies = width, log_z - mean if entropy else None
+        ctx.mark_non_differentiable(*[entropies] * entropy)
+        return (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z, entropies
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, up, _):
         x, weight, target, log_z = ctx.saved_tensors
         up = up[:, None]                                             # (N, 1)
-        dx = (weight[target] * up).to(log_z.dtype)                   # (N, C), a sum of many slices: in float32
+        down = (x * -up).to(x.dtype)                                 # (N, C)
+        dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), sums of many slices: in float32
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for at in range(0, len(weight), ctx.width):
             w = weight[at:at + ctx.width]                            # (width, C)
-            p = (F.linear(x, w).to(log_z.dtype) - log_z[:, None]).exp_()
-            p = p.mul_(-up).to(x.dtype)                              # (N, width) gradient of the logits
-            dx = dx.addmm_(p, w) if dx.dtype == w.dtype else dx.add_(p @ w)
+            p = F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_().to(x.dtype)        # (N, width)
+            dx = dx.addmm_(p, w) if dx.dtype == p.dtype else dx.add_(p @ w)
             if dw is not None:
-                torch.mm(p.t(), x, out=dw[at:at + ctx.width])
+                torch.mm(p.t(), down, out=dw[at:at + ctx.width])
         if dw is not None:
-            dw.index_add_(0, target, (x * up).to(dw.dtype))
-        return dx.to(x.dtype), dw, None, None, None
+            dw.index_add_(0, target, down, alpha=-1)
+        return (up * (weight[target] - dx)).to(x.dtype), dw, None, None, None
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, and the table itself for its second use, the tied head: the gradient of the rows is added to the
-    head's in place, instead of in a second table that is nearly all zeros."""
+    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table."""
 
     @staticmethod
     def forward(ctx, table, ids):
@@ -385,7 +369,6 @@ class Lookup(torch.autograd.Function):
         return F.embedding(ids, table), table.view_as(table)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_rows, d_table):
         return d_table.index_add_(0, ctx.saved_tensors[0].flatten(), d_rows.flatten(0, -2)), None
 
@@ -405,8 +388,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None,
-               x: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None, x=None) -> Tensor:
         """(B, T) tokens, or what they look up, (B, T, C) -> (B, T, C).
 
         positions and segments, (B, S), are also those of the cached tokens; without segments all is one text.

@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 
 ROOT, END, PAD = Path(__file__).resolve().parent.parent, "<end>", "<pad>"
-FIELDS = {                          # a column of the table: how it is called, and its format
+FIELDS = {                        # a column of the table: how it is called, and its format
     "pairs_s": ("pairs/s", ".2f"), "tokens_s": ("tokens/s", ",.0f"), "mfu": ("of ceiling", ".1%"),
-    "peak_mb": ("peak MB", ",.0f"), "first_s": ("1st step s", ".1f"), "loss_gap": ("loss differs", ".1e")}
+    "cpu_s": ("CPU s/step", ".2f"), "peak_mb": ("peak MB", ",.0f"), "first_s": ("1st step s", ".1f"),
+    "loss_gap": ("loss differs", ".1e")}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -124,17 +125,22 @@ class Clock:
 
     def __init__(self, job, torch):
         self.born, self.cuda, self.torch = job["born"], torch.cuda.is_available() and not job["cpu"], torch
-        self.idle, self.starts, self.ends = resident("VmRSS"), [], []
+        self.idle, self.ends, self.cpu = resident("VmRSS"), [], []
 
     def now(self) -> float:
         if self.cuda:
             self.torch.cuda.synchronize()
         return time.time() - self.born
 
+    def step_ended(self) -> None:
+        self.ends.append(self.now())
+        self.cpu.append(time.process_time())
+
     def result(self, losses, **more) -> dict:
         peak = self.torch.cuda.max_memory_allocated() / 2 ** 20 if self.cuda else resident("VmHWM") - self.idle
-        return {"steps_s": [b - a for a, b in zip(self.starts, self.ends)], "first_s": self.ends[0], "peak_mb": peak,
-                "idle_mb": self.idle, "losses": losses, **more}
+        steps, cpu = ([b - a for a, b in itertools.pairwise(times)] for times in (self.ends, self.cpu))  # from the 2nd
+        return {"steps_s": steps, "cpu_s": cpu, "first_s": self.ends[0], "peak_mb": peak, "idle_mb": self.idle,
+                "losses": losses, **more}
 
 
 def ours(job: dict) -> dict:
@@ -165,8 +171,7 @@ def ours(job: dict) -> dict:
 
     def on_step(step, model):
         if step:
-            clock.ends.append(clock.now())
-        clock.starts.append(clock.now())
+            clock.step_ended()
     train.train(cfg, model, part, None, world, rows.append, None, on_step)
     batches = [[pairs[i] for i in part.schedule.batch(step)] for step in range(cfg.steps)]
     return clock.result([row["loss"] for row in rows], reference_s=reference, name="ours", torch=torch.__version__,
@@ -208,12 +213,8 @@ def trl(job: dict) -> dict:
             return found
 
     class Watch(transformers.TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            clock.starts[:] = clock.starts or [clock.now()]
-
         def on_step_end(self, *args, **kwargs):
-            clock.ends.append(clock.now())
-            clock.starts.append(clock.now())                        # the next batch is part of the next step
+            clock.step_ended()
 
     wanted = dict(output_dir=str(Path(job["work"], "trl")), max_steps=job["steps"], learning_rate=job["lr"],
                   per_device_train_batch_size=job["batch"], lr_scheduler_type="constant", warmup_steps=0, beta=0.1,
@@ -275,14 +276,15 @@ def compare(job: dict, peers: list[str], rounds: int) -> list[dict]:
         for worker, *where in [("ours",), *(("trl", *peer.partition(":")[::2]) for peer in peers)]:
             found = spawn(worker, job, *where)
             runs.setdefault(found["name"], []).append(found)
-            print(f"    {found['name']:<12} {sum(found['steps_s'][1:]):7.2f} s   load {os.getloadavg()[0]:.1f}",
+            print(f"    {found['name']:<12} {sum(found['steps_s']):7.2f} s   load {os.getloadavg()[0]:.1f}",
                   file=sys.stderr)
     top, (facts, *_), rows = statistics.median(peaks), runs["ours"], []
     for name, found in runs.items():
-        step = [statistics.median(times) for times in zip(*(run["steps_s"] for run in found))][1:]     # 0 warms up
+        step, cpu = ([statistics.median(times) for times in zip(*(run[k] for run in found))]
+                     for k in ("steps_s", "cpu_s"))
         losses = [run["losses"] for run in found]
         gap = max(abs(a - b) for run in losses for a, b in zip(run, facts["losses"], strict=True))
-        rows.append({"name": name, "pairs_s": job["batch"] * len(step) / sum(step), "step_s": step,
+        rows.append({"name": name, "pairs_s": job["batch"] * len(step) / sum(step), "step_s": step, "cpu_s": mean(cpu),
                      "tokens_s": sum(facts["tokens"][1:]) / sum(step), "mfu": sum(facts["flops"][1:]) / sum(step) / top,
                      **{k: statistics.median(run[k] for run in found) for k in ("peak_mb", "idle_mb", "first_s")},
                      "reference_s": statistics.median(run.get("reference_s", 0) for run in found),

@@ -209,10 +209,10 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
     model = Transformer.from_pretrained(make_model("llama-grouped"))
     rows = collate(some_groups(model, count=6))
     tiles = attention_tiles(rows.segments, rows.positions, rows.tokens.size(1))
-    assert sum(each.queries for each in tiles) == rows.tokens.numel()
+    assert sum(count for count, _, _ in tiles) == rows.tokens.numel()
     assert tile == 512 or len(tiles) > 2
     seen = visible(rows.segments[:, :, None], rows.segments[:, None, :]).tril()[:, None]
-    whole = [model_py.Tile(rows.tokens.numel(), slice(None), torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))]
+    whole = [(rows.tokens.numel(), slice(None), torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))]
     found = []
     for each in (tiles, whole):
         monkeypatch.setattr(model_py, "attention_tiles", lambda *_, each=each: each)
