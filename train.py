@@ -430,6 +430,7 @@ def save_checkpoint(out: Path, state: dict, model: Transformer, optimizer: torch
         fsync(out / "checkpoint")
         remove(checkpoints(out)[1:])
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
         raise RunFailed(f"the checkpoint of step {state['step']} cannot be written ({error}); it takes "
                         f"{checkpoint_size(model):,} bytes, {shutil.disk_usage(out).free:,} are free") from None
 
@@ -448,7 +449,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
             if kind == "weight":
                 p.data.copy_(file.get_tensor(key))
             else:
-                optimizer.state[p][kind] = file.get_tensor(key).to(p.device)
+                optimizer.state[p][kind] = file.get_tensor(key).to(p.device, copy=True)      # the file goes soon
 
 
 def sha256(path: Path) -> str:
@@ -671,8 +672,8 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
     settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
     world.say(f"method      {cfg.loss}: {settings}")
     key = fingerprint(model, world)
-    record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "phi_star": None,
-              "steps": part.steps, "finished": False, "pairs": len(part.pairs), "held_out": len(held.pairs if held else []),
+    record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
+              "steps": part.steps, "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0,
               "model_sha256": key, "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     state = world.agree(lambda: first_state(cfg, record))
@@ -919,8 +920,9 @@ def report(out: Path, population: Population, methods: dict) -> None:
         row = json.loads(line)
         line = int(row["where"].rpartition(":")[2]) - 1            # the file asks the questions in turn
         index[line % len(index)].append(row["entropy"])
-    index = [float(np.mean(each)) for each in index]
-    ranks = [np.argsort(np.argsort(values)) for values in (index, population.phi.tolist())]
+    index = [float(np.mean(each)) if each else math.nan for each in index]
+    known = ~np.isnan(index)                                       # in few steps not every question is asked
+    ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi)]
     correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
     write_json(out / "report.json", {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                                      "index": index, "questions": population.questions, "methods": content})
