@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
 
 import mallowspo
 from data import (
@@ -57,7 +58,7 @@ from data import (
     write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
-from model import TARGETS, BadModel, Transformer, add_lora, fsync, full, put, read_json, save_adapter
+from model import CHUNK, TARGETS, BadModel, Transformer, add_lora, fsync, full, put, read_json, save_adapter
 
 
 class BadConfig(ValueError):
@@ -414,6 +415,35 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
+@torch.enable_grad()
+def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
+    """Bytes that the steps will take in each process, beside the program itself.
+
+    What the forward pass keeps for the backward pass is counted on the first pair, and grows with the tokens of a row.
+    """
+    pair, kept = part.pairs[0], {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), world.autocast():
+        outcome = model(*collate([pair[:3]], world.device).inputs())   # as long as it lives, all that it keeps does
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    del outcome
+    rows = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
+    longest = max(sum(part.schedule.costs[i] for i in row) for each in rows for row in each)
+    own = world.size if world.shard else 1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    table = model.head.weight
+    return {"parameters": sum(p.numel() * p.itemsize for p in model.parameters()) // own,
+            "gradients": sum(p.numel() * p.itemsize for p in trained) // own,
+            "optimiser": sum(p.numel() * 8 for p in trained) // own,
+            "activations": sum(kept.values()) * longest // pair.cost(),
+            "head": 12 * max(CHUNK[world.device.type], 256 * longest)          # the gradient of a row's own, if several
+            + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}
+
+
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
     """The policy's scores of one row of pairs against the reference's: what training and evaluation both do."""
     row = collate([part.pairs[i][:3] for i in indices], world.device)
@@ -485,6 +515,7 @@ def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: tor
         fsync(out / "checkpoint")
         remove(checkpoints(out)[1:])
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
         raise RunFailed(f"the checkpoint of step {state['step']} cannot be written ({error}); it takes "
                         f"{checkpoint_size(model):,} bytes, {shutil.disk_usage(out).free:,} are free") from None
 
@@ -500,7 +531,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
         for key in file.keys():                                    # noqa: SIM118 (it is not a dict)
             kind, _, name = key.partition(".")
             p = model.get_parameter(name)
-            tensor = file.get_tensor(key).to(p.device)
+            tensor = file.get_tensor(key).to(p.device, copy=True)  # the file goes soon
             if kind == "weight":
                 p.data.copy_(put(tensor, p))
             else:
@@ -569,6 +600,31 @@ def deferred_signals():
 # ---------------------------------------------------------------------------------------------------------------
 # 6. The loop
 
+class RoundedAdamW(torch.optim.AdamW):
+    """AdamW that takes each step in float32 and rounds bfloat16 weights up or down at random, in proportion.
+
+    Rounded to the nearest, 99 in 100 of such weights do not move at a learning rate of 5e-7; so, they do on average.
+    The noise follows from the number of the step alone.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        generator = None
+        for p in group["params"]:
+            exact, state = p.float(), self.state[p]                  # (float32 weights are stepped in place)
+            if not state:
+                state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(exact),
+                             exp_avg_sq=torch.zeros_like(exact))
+            generator = generator or torch.Generator(p.device).manual_seed(int(state["step"]))
+            adamw([exact], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True,
+                  beta1=group["betas"][0], beta2=group["betas"][1], **settings)
+            if p.dtype == torch.bfloat16:                            # bfloat16 is the upper half of float32
+                noise = torch.randint(1 << 16, p.shape, generator=generator, device=p.device, dtype=torch.int32)
+                p.copy_(((exact.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
+
+
 def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, state: dict, signals: list,
           metrics, evaluations, on_step=None) -> None:
     """Run the steps of `part` that `state` has not behind it; `metrics` and `evaluations` take dicts,
@@ -577,7 +633,8 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
     policy = DistributedDataParallel(model, gradient_as_bucket_view=True, **ddp) \
         if world.size > 1 and not world.shard else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
+    optimizer = (RoundedAdamW if cfg.param_dtype == "bfloat16" else torch.optim.AdamW)(
+        trained, lr=cfg.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     out, saved = Path(cfg.out), time.perf_counter()
     start = saved - state["seconds"]
@@ -719,6 +776,11 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     if cfg.reference and Path(cfg.reference).is_dir():
         raise BadConfig(f"--reference {cfg.reference}: a folder, it should be a file for the reference's scores")
     part, held = load_parts(cfg, model, tokenizer, world)
+    sizes = memory(model, part, world)
+    world.say(f"memory      {sum(sizes.values()) / 2 ** 30:.2f} GiB a process: "
+              + ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in sizes.items()))
+    if cfg.dry_run:
+        return
     if cfg.reference:
         world.agree(lambda: claim(Path(cfg.reference + ".lock"), wait=True).close())
     with contextlib.ExitStack() as mine:
@@ -738,9 +800,8 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
     settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
     world.say(f"method      {cfg.loss}: {settings}")
     key = fingerprint(model, world)
-    record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "phi_star": None,
-              "steps": part.steps, "finished": False, "pairs": len(part.pairs),
-              "held_out": len(held.pairs) if held else 0,
+    record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
+              "steps": part.steps, "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0,
               "model_sha256": key, "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     state = world.agree(lambda: first_state(cfg, record))
@@ -1015,8 +1076,9 @@ def report(out: Path, population: Population, methods: dict) -> None:
         row = json.loads(line)
         line = int(row["where"].rpartition(":")[2]) - 1            # the file asks the questions in turn
         index[line % len(index)].append(row["entropy"])
-    index = [float(np.mean(each)) for each in index]
-    ranks = [np.argsort(np.argsort(values)) for values in (index, population.phi.tolist())]
+    index = [float(np.mean(each)) if each else math.nan for each in index]
+    known = ~np.isnan(index)                                       # in few steps not every question is asked
+    ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi)]
     correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
     write_json(out / "report.json", {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                                      "index": index, "questions": population.questions, "methods": content})

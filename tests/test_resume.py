@@ -266,7 +266,7 @@ def test_two_runs_in_one_folder(job, tmp_path):
 
 
 def test_two_runs_share_a_reference(tmp_path):
-    """Of two that write at the same time, neither loses a score; the lock holds between threads as between processes."""
+    """Of two that write at once, neither loses a score; the lock is one between threads, too."""
     path = tmp_path / "r.safetensors"
 
     def write(n):
