@@ -329,9 +329,9 @@ def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pa
     if world.shard:                                                  # all ranks run equally often
         most = Counter(i % world.size for i in {i for d, i in first.items() if d not in known}).most_common(1)
         todo += [0] * (most[0][1] - len(todo) if most else 0)
-    count, start = len(first.keys() - known.keys()), time.perf_counter()
+    count = len(first.keys() - known.keys())
     world.say(f"reference   {f'scoring {count:,} pairs into' if count else 'all scores reused from'} {path}")
-    saved = start
+    start = saved = time.perf_counter()
     try:
         for i in todo:
             packed = collate([pair[:3] for pair in rows[i]], world.device)
@@ -342,8 +342,9 @@ def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pa
                                 + ", ".join(pair.where for pair in rows[i][:8]))
             ends = packed.length.sum(1).cumsum(0).tolist()[:-1]
             parts = (np.split(values.cpu().numpy(), ends) for values in (logp, entropy))
-            fresh.update((pair.digest(), Scores(*both)) for pair, *both in zip(rows[i], *parts)
-                         if first[pair.digest()] == i)
+            for pair, *both in zip(rows[i], *parts):
+                if first[pair.digest()] == i:                      # of a repeated pair, what the first step will meet
+                    fresh.setdefault(pair.digest(), Scores(*both))
             if time.perf_counter() - saved > SCORES_SECONDS:
                 write_reference(path, key, fresh)
                 fresh, saved = {}, time.perf_counter()
@@ -815,8 +816,9 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
     asked = (held or part).pairs[:cfg.samples]
     before = answer(cfg, model, tokenizer, asked, world)           # resumed or not: the model is the reference here
 
-    with log(out / "metrics.jsonl", state["step"], world) as metrics, deferred_signals() as signals, \
-            log(out / "evaluations.jsonl", state["step"], world) as evaluations:
+    first = state["step"]
+    with log(out / "metrics.jsonl", first, world) as metrics, \
+            log(out / "evaluations.jsonl", first, world) as evaluations, deferred_signals() as signals:
         train(cfg, model, part, held, world, state, signals, metrics, evaluations, on_step)
     after = answer(cfg, model, tokenizer, asked, world)
     if world.rank == 0:
