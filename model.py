@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class BadModel(ValueError):
@@ -315,6 +316,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.chunk = None                                            # logits at a time, else CHUNK's
+        self.checkpointed = False                                    # keep of a block only what goes in
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -330,8 +332,10 @@ class Transformer(nn.Module):
             x = x + self.position(positions)                         # (B, T, C)
         else:
             rope = self._rotations(positions)                        # cos and sin, (B, 1, T, D/2)
+        again = self.checkpointed and torch.is_grad_enabled()
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rope, tiles, cache)                         # (B, T, C)
+            call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+            x = call(x, rope, tiles, cache)                          # (B, T, C)
         return self.norm(x)
 
     def _rotations(self, positions):

@@ -100,6 +100,7 @@ class Config:
     max_tokens: int | None = flag(None, "longest prompt + response, longer prompts are cut from the left (default: "
                                   "1024, or what the model was made for)")
     tokens_per_row: int | None = flag(None, "tokens in memory at once (default: 16384 on a GPU, 2048 on a CPU)")
+    checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory a token")
     max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error")
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
     eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
@@ -459,6 +460,7 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> Transform
     out, method = Path(cfg.out), cfg.method
     torch.manual_seed(cfg.seed)
     model, tokenizer = Transformer.from_pretrained(cfg.model, world.device), Tokenizer(cfg.model)
+    model.checkpointed = cfg.checkpoint_activations
     others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}
     if others:
         raise BadConfig(f"--out {out} holds weights of another model ({min(others)}); choose another folder")

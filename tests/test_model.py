@@ -176,6 +176,22 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
         assert (found[0][1][name] - want).norm() <= 1e-5 * want.norm(), name
 
 
+def test_checkpointed_blocks_give_the_same_gradients_from_less_memory(make_model):
+    model, found = Transformer.from_pretrained(make_model("llama-grouped")), []
+    rows = collate(some_groups(model))
+    for model.checkpointed in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            logp, _ = model(*rows.inputs())
+        logp.sum().backward()
+        found.append((logp.detach(), sum(kept), {name: p.grad for name, p in model.named_parameters()}))
+        model.zero_grad()
+    (plain, much, want), (again, little, gradients) = found
+    assert torch.equal(plain, again) and little < much / 2
+    for name in want:
+        assert (gradients[name] - want[name]).norm() <= 1e-6 * want[name].norm(), name
+
+
 def test_autocast_scores_and_gradients_are_near_float32(make_model):
     for name in ("gpt2", "llama-tied", "llama-grouped"):
         model, found = Transformer.from_pretrained(make_model(name)), []
