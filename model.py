@@ -166,7 +166,6 @@ FAMILIES = {                            # model_type of config.json
 # 3. The transformer
 
 TILE = 512         # queries of one call of attention on a CPU
-CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
 
@@ -179,8 +178,8 @@ def attention_tiles(segments: Tensor, dtype: torch.dtype = torch.float32) -> lis
     """(B, T) segment ids -> how many queries come next, the keys among which they see any, and what is added to their
     scores: (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no empty row.
 
-    A GPU takes a row whole.  A CPU takes it by groups, short ones together and long ones TILE queries at a time, so
-    that attention costs nothing between neighbours, nor a beginning for what follows it.
+    A GPU takes a row whole; a CPU by groups, short ones together, long ones TILE queries at a time: no attention is
+    computed between neighbours, nor for what is yet to come.
     """
     total, size, cuts, tiles = segments.size(1), segments.size(1), [0], []
     if segments.device.type == "cpu":
@@ -260,7 +259,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
 
     def forward(self, x, rope, tiles, cache=None):
-        x = x + self.attn(self.norm1(x), rope, tiles, cache)          # (B, T, C)
+        x = x + self.attn(self.norm1(x), rope, tiles, cache)         # (B, T, C)
         return x + self.mlp(self.norm2(x))                           # (B, T, C)
 
 
@@ -287,13 +286,16 @@ class Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, _):
         x, weight, target, log_z = ctx.saved_tensors
-        up, dx, dw = up[:, None].to(x.dtype), torch.zeros_like(x), torch.empty_like(weight)   # (N, 1), (N, C), (V, C)
-        down = x * -up                                               # (N, C)
-        for w, d in zip(weight.split(ctx.width), dw.split(ctx.width)):
+        up, dw = up[:, None], torch.empty_like(weight) if ctx.needs_input_grad[1] else None   # (N, 1), (V, C)
+        dx, down = torch.zeros_like(x, dtype=log_z.dtype), (x * -up).to(x.dtype)              # (N, C) both
+        for at in range(0, len(weight), ctx.width):
+            w = weight[at:at + ctx.width]
             p = F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_().to(x.dtype)        # (N, width)
-            dx.addmm_(p, w)
-            torch.mm(p.t(), down, out=d)
-        return up * (weight[target] - dx), dw.index_add_(0, target, down, alpha=-1), None, None, None
+            dx += p @ w
+            if dw is not None:                                       # else the head is frozen
+                torch.mm(p.t(), down, out=dw[at:at + ctx.width])
+        dx = (up * (weight[target] - dx)).to(x.dtype)
+        return dx, dw if dw is None else dw.index_add_(0, target, down, alpha=-1), None, None, None
 
 
 class Lookup(torch.autograd.Function):
@@ -315,7 +317,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.chunk = None                                            # logits at a time, else CHUNK's
+        self.chunk = None                                            # logits at a time, see forward
         self.checkpointed = False                                    # keep of a block only what goes in
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
@@ -362,7 +364,8 @@ class Transformer(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
         x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
         x = self.hidden(tokens, positions, attention_tiles(segments, dtype), x=x).flatten(0, 1)[source]     # (N, C)
-        width = max(256, (self.chunk or CHUNK[kind]) // max(1, len(target)))
+        chunk = self.chunk or (2 ** 18 if kind == "cpu" else 2 ** 24)            # what a cache holds; what fills a GPU
+        width = max(256, chunk // max(1, len(target)))
         return Head.apply(x.to(dtype), weight.to(dtype), target, width, entropy)
 
     @torch.no_grad()

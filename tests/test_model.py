@@ -153,6 +153,12 @@ def test_the_head_by_slices_equals_autograd_on_the_dense_one(width, dtype, atol)
     assert torch.allclose(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=atol, atol=atol)
     assert (ours.grad.double() - dense.grad).norm() <= atol * dense.grad.norm()
 
+    hidden = torch.randn(20, 8, dtype=torch.float64, generator=g, requires_grad=True)         # a head that is frozen
+    Head.apply(hidden, table.double(), target[0], width, False)[0].sum().backward()
+    got, hidden.grad = hidden.grad, None
+    (hidden @ table.double().t()).log_softmax(-1).gather(-1, target[0][:, None]).sum().backward()
+    assert torch.allclose(got, hidden.grad, rtol=1e-12, atol=1e-12)
+
 
 @pytest.mark.parametrize("tile", [1, 8, 50, 512])
 def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
