@@ -464,7 +464,8 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
     if not pairs:
-        raise BadData(f"{names}: no pairs in it" + (f" ({bad:,} bad records skipped)" if bad else ""))
+        files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
+        raise BadData(f"{files}: no pairs in it" + (f" ({bad:,} bad records skipped)" if bad else ""))
     return Dataset(pairs, cut, len(dropped), bad)
 
 

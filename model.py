@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class BadModel(ValueError):
@@ -229,8 +230,8 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
     window: how many queries come next, the keys among which they see any, and what is added to their scores,
     (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no empty row.
 
-    A GPU takes a row whole.  A CPU takes it by groups, short ones together and long ones TILE queries at a time, so
-    that attention costs nothing between neighbours, nor a beginning for what follows it.
+    A GPU takes a row whole; a CPU by groups, short ones together, long ones TILE queries at a time: no attention is
+    computed between neighbours, nor for what is yet to come.
     """
     total, size, cuts, tiles = segments.size(1), new, [0], []
     if segments.device.type == "cpu":
@@ -379,7 +380,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.chunk = None                                            # logits at a time, else CHUNK's
+        self.chunk = None                                            # logits at a time, see forward
+        self.checkpointed = False                                    # keep of a block only what goes in
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -407,8 +409,10 @@ class Transformer(nn.Module):
         if sliding and positions.size(1) > window:
             one = torch.zeros_like(positions) if segments is None else segments
             near = attention_tiles(one, positions, new, dtype, window)
+        again = self.checkpointed and torch.is_grad_enabled()
         for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks))):
-            x = block(x, rope, near if i in sliding else far, cache)                               # (B, T, C)
+            call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+            x = call(x, rope, near if i in sliding else far, cache)                                # (B, T, C)
         return self.norm(x)
 
     def precision(self, device: torch.device) -> torch.dtype:

@@ -112,6 +112,7 @@ class Config:
     max_tokens: int | None = flag(None, "longest prompt + response, longer prompts are cut from the left (default: "
                                   "1024, or what the model was made for)")
     tokens_per_row: int | None = flag(None, "tokens in memory at once (default: 16384 on a GPU, 2048 on a CPU)")
+    checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory a token")
     max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error")
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
     eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
@@ -129,9 +130,12 @@ class Config:
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
 
     def __post_init__(self):
+        for name in ("data", "eval_data"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         for names, fits, what in [
                 ("model out reference", lambda v: v != "", "not be empty"),
-                ("data eval_data", lambda v: "" not in v, "name files"),
+                ("data eval_data", all, "name files"),
                 ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star "
                  "lora_alpha", lambda v: 0 < v < math.inf, "be a number above 0"),
                 ("eval_pairs save_every samples sample_tokens sft lora_rank",
@@ -416,22 +420,25 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
-@torch.enable_grad()
-def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
-    """Bytes that the steps will take in each process, beside the program itself.
-
-    What the forward pass keeps for the backward pass is counted on the first pair, and grows with the tokens of a row.
-    """
-    pair, kept = part.pairs[0], {}
+def kept(model: Transformer, groups: list, world: World) -> int:
+    """Bytes that the forward pass keeps for the backward pass, the parameters apart."""
+    found = {}
 
     def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if not isinstance(tensor._base if tensor._is_view() else tensor, torch.nn.Parameter):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), world.autocast():
-        outcome = model(*collate([pair[:3]], world.device).inputs())   # as long as it lives, all that it keeps does
-    for p in model.parameters():
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    del outcome
+        scores = model(*collate(groups, world.device).inputs())        # as long as it lives, all that it keeps does
+    del scores
+    return sum(found.values())
+
+
+def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
+    """Bytes that the steps will take in each process, beside the program itself; measured on the first pair, from which
+    activations grow with the tokens of a row."""
+    pair = part.pairs[0]
+    one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
     rows = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
     longest = max(sum(part.schedule.costs[i] for i in row) for each in rows for row in each)
     own = world.size if world.shard else 1
@@ -440,7 +447,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     return {"parameters": sum(p.numel() * p.itemsize for p in model.parameters()) // own,
             "gradients": sum(p.numel() * p.itemsize for p in trained) // own,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
-            "activations": sum(kept.values()) * longest // pair.cost(),
+            "activations": one + (two - one) * (longest - pair.cost()) // pair.cost(),
             "head": 12 * max(CHUNK[world.device.type], 256 * longest)          # the gradient of a row's own, if several
             + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}
 
@@ -475,7 +482,7 @@ def evaluate(model: Transformer, method: Method, part: Part, world: World) -> di
 SCORES_SECONDS, SAVE_SECONDS = 120, 1800        # between writes of the reference's scores; of checkpoints, by default
 IN_A_ROW = 10                                   # so many steps that are not finite are not skipped
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
-              "sample_tokens device dtype").split()                      # in a run that is resumed
+              "sample_tokens shard checkpoint_activations device dtype").split()        # in a run that is resumed
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -767,6 +774,7 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     kind = world.dtype if cfg.lora_rank and world.device.type == "cuda" else DTYPES[cfg.param_dtype]
     shard = (lambda model: share_out(model, world)) if world.shard else None
     model, tokenizer = Transformer.from_pretrained(folder, world.device, kind, shard), Tokenizer(folder)
+    model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
     for note in model.notes:

@@ -201,6 +201,12 @@ def test_the_head_by_slices_equals_autograd_on_the_dense_one(width, dtype, atol)
     assert torch.allclose(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=atol, atol=atol)
     assert (ours.grad.double() - dense.grad).norm() <= atol * dense.grad.norm()
 
+    hidden = torch.randn(20, 8, dtype=torch.float64, generator=g, requires_grad=True)         # a head that is frozen
+    Head.apply(hidden, table.double(), target[0], width, False)[0].sum().backward()
+    got, hidden.grad = hidden.grad, None
+    (hidden @ table.double().t()).log_softmax(-1).gather(-1, target[0][:, None]).sum().backward()
+    assert torch.allclose(got, hidden.grad, rtol=1e-12, atol=1e-12)
+
 
 @pytest.mark.parametrize("tile", [1, 8, 50, 512])
 def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
@@ -223,6 +229,22 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     for name, want in found[1][1].items():
         assert (found[0][1][name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_checkpointed_blocks_give_the_same_gradients_from_less_memory(make_model):
+    model, found = Transformer.from_pretrained(make_model("llama-grouped")), []
+    rows = collate(some_groups(model))
+    for model.checkpointed in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            logp, _ = model(*rows.inputs())
+        logp.sum().backward()
+        found.append((logp.detach(), sum(kept), {name: p.grad for name, p in model.named_parameters()}))
+        model.zero_grad()
+    (plain, much, want), (again, little, gradients) = found
+    assert torch.equal(plain, again) and little < much / 2
+    for name in want:
+        assert (gradients[name] - want[name]).norm() <= 1e-6 * want[name].norm(), name
 
 
 def test_autocast_scores_and_gradients_are_near_float32(make_model):

@@ -222,7 +222,7 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
     (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
-    (["--dispersion", "votes"], "invalid choice: 'votes'"), (["--seed", 2 ** 64], "below 2^32"),
+    (["--dispersion", "votes"], "no 'votes'"), (["--seed", 2 ** 64], "below 2^32"),
     (["--loss", "sft", "--dispersion", "entropy"], "has no meaning for --loss sft"),
     (["--reference", "."], "a folder, it should be a file"),
     (["--epochs", "2", "--steps", "3"], "--epochs and --steps both say when to stop"),
