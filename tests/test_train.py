@@ -9,10 +9,12 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import mallowspo
 import train
-from data import write_jsonl
+from data import Tokenizer, load_pairs, write_jsonl
 from mallowspo import LOSSES
 from model import Transformer
+from train import Config, Part
 
 QUICK = ["--steps", 3, "--batch-size", 16, "--lr", 1e-5, "--samples", 1, "--sample-tokens", 4, "--max-tokens", 64]
 
@@ -320,3 +322,84 @@ def test_readme_commands_exist():
     text = (ROOT / "README.md").read_text()
     for command in ("python train.py", "python -m pytest -q tests", "pip install -r requirements.txt"):
         assert command in text
+
+
+def test_lora_trains_an_adapter_and_resumes_nothing_else(run, make_model, pairs, tmp_path):
+    flags = ["--model", make_model(), "--data", pairs, *QUICK, "--lora-rank", 4, "--lr", 1e-2]
+    done = run("train.py", *flags, "--out", tmp_path / "a", "--merge", "--lora-targets", "q", "down")
+    assert done.returncode == 0, done.stderr
+    assert "first loss is 0.693147" in done.stdout and "adapter/ and the model it makes" in done.stdout
+    losses = [row["loss"] for row in rows_of(tmp_path / "a/metrics.jsonl")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[2] != losses[0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (make_model(), tmp_path / "a"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in moved)
+    done = run("train.py", *flags, "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b/adapter/adapter_config.json").exists() and not (tmp_path / "b/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("source, name", [("votes", "votes"), ("field", "dispersion")])
+def test_the_dispersion_of_the_records(run, make_model, population, tmp_path, source, name):
+    records = [{**record, "votes": [3, i % 3]} for i, record in enumerate(population.judgements(24, seed=3))]
+    write_jsonl(tmp_path / "data.jsonl", records)
+    done = run("train.py", "--model", make_model(), "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
+               "--loss", "mallows-phi", "--dispersion", source, *QUICK)
+    assert done.returncode == 0, done.stderr
+    lam = {"votes": lambda r: mallowspo.lam_of_votes(torch.tensor(r["votes"])).item(),
+           "field": lambda r: -math.log(r["dispersion"])}[source]
+    mean = sum(map(lam, records)) / len(records)
+    for row in rows_of(tmp_path / "out/dispersion.jsonl"):
+        assert row["weight"] == pytest.approx(lam(records[row["index"]]) / mean, rel=1e-4)
+
+
+def test_bfloat16_weights_move_at_small_rates():
+    """2,000 weights, a gradient of one sign, 100 steps of 5e-7: rounding at random moves them as far as float32 does
+    on average, rounding to the nearest leaves nearly all where they were."""
+    start = (torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    found = {}
+    for kind, dtype in ((torch.optim.AdamW, torch.float32), (torch.optim.AdamW, torch.bfloat16),
+                        (train.RoundedAdamW, torch.bfloat16), (train.RoundedAdamW, torch.float32)):
+        p = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = kind([p], lr=5e-7, weight_decay=0.0, fused=True)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        found[kind.__name__, dtype] = p.detach().float() - start.float()
+    want = found["AdamW", torch.float32]
+    rounded = found["RoundedAdamW", torch.bfloat16]
+    assert (found["AdamW", torch.bfloat16] == 0).float().mean() > 0.9
+    assert abs(rounded.mean() - want.mean()) < 4 * rounded.std() / len(rounded) ** 0.5 and want.mean() < -4.9e-5
+    assert torch.allclose(found["RoundedAdamW", torch.float32], want, atol=1e-9)
+
+
+def test_the_estimate_of_memory(make_model, pairs):
+    """Activations of a row from those of one pair and of two, against those that a whole row keeps."""
+    model = Transformer.from_pretrained(make_model("llama-grouped"))
+    cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
+    world = train.join_world(cfg)
+    part = Part.plan(load_pairs(pairs, Tokenizer(make_model("llama-grouped")), 64).pairs, cfg, world, None)
+    sizes = train.memory(model, part, world)
+    count = sum(p.numel() for p in model.parameters())
+    assert (sizes["parameters"], sizes["gradients"], sizes["optimiser"]) == (4 * count, 4 * count, 8 * count)
+    row = max((row for s in part.first_epoch() for row in part.schedule.rows(s)),
+              key=lambda row: sum(part.schedule.costs[i] for i in row))
+    whole = train.kept(model, [part.pairs[i][:3] for i in row], world)
+    assert sizes["activations"] == pytest.approx(whole, rel=0.15)
+    model.checkpointed = True
+    assert train.memory(model, part, world)["activations"] < 0.5 * sizes["activations"]
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pairs, tmp_path):
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "out", "--dry-run", *QUICK)
+    assert done.returncode == 0 and "memory" in done.stdout and "activations" in done.stdout, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--shard"], "start them with torchrun"), (["--merge"], "for --lora-rank"),
+    (["--lora-rank", 4, "--param-dtype", "bfloat16"], "--lora-rank and --param-dtype do not go together"),
+    (["--eval-pairs", 1.5], "a share below 1 or a whole number"), (["--lora-rank", -1], "--lora-rank is -1"),
+    (["--lora-rank", 4, "--lora-targets", "q_proj"], "invalid choice: 'q_proj'")])
+def test_flags_that_do_not_fit_together(run, make_model, pairs, tmp_path, flags, words):
+    refused(run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path, *flags), words)
