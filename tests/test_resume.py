@@ -137,7 +137,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda *arguments: (saves.append(arguments), save(*arguments)))
     job(out=str(tmp_path / "end"))
     job(stop_at=1)
-    _, state, model, optimizer = saves[-1]
+    cfg, state, model, optimizer, _ = saves[-1]
     count, fail_at = [0], [0]
 
     def failing(real):
@@ -161,7 +161,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
                 for name in names.split():
                     patch.setattr(place, name, failing(getattr(place, name)))
             try:
-                save(out, {**state, "step": 3}, model, optimizer)  # of step 3, though the weights are of step 2
+                save(cfg, {**state, "step": 3}, model, optimizer, ALONE)           # of step 3, though the weights are of step 2
             except RunFailed as error:
                 assert "cannot be written ([Errno 28]" in str(error) and "bytes, " in str(error)
         found = checkpoints(out)
@@ -288,7 +288,7 @@ def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsy
 
     def interrupted(groups, device):
         rows[0] += 1
-        if rows[0] == 3:
+        if rows[0] == 5:                                           # the first two weigh the memory
             raise KeyboardInterrupt(signal.SIGINT)
         return collate(groups, device)
     monkeypatch.setattr(train, "collate", interrupted)
