@@ -162,8 +162,8 @@ def decode_json(text: bytes):
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Files, here or on the Hugging Face hub
 
-LONGEST = 1 << 22, 1 << 26     # bytes of a record, and of an array: tokens take 200 times the memory, lists 20 times
-DENSEST = 100                  # times its size, and 16 MiB, is what a .gz file may hold
+LONGEST = 1 << 22, 3 << 24     # bytes of a record, and of an array: tokens take 200 times the memory, lists 20 times
+DENSEST = 50                   # times its size, and a record, is what a .gz file may hold
 REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
@@ -178,11 +178,12 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
             read, most = file.read if array else file.readline, LONGEST[array]
+            room = LONGEST[0] + DENSEST * path.stat().st_size if path.suffix == ".gz" else math.inf
             for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
                 size += len(line)
                 if len(line) > most:
                     raise BadData(f"longer than {most:,} bytes; write one record a line")
-                if path.suffix == ".gz" and size > (1 << 24) + DENSEST * path.stat().st_size:
+                if size > room:
                     raise BadData(f"over {DENSEST} times the size of the gzip file; unpack it, if you trust it")
                 if array:
                     for record, item in enumerate(decode_json(line), 1):
@@ -600,7 +601,8 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
             digests, lengths, logp, entropy = (file.get_tensor(n) for n in ("digest", "length", "logp", "entropy"))
         kinds = [(x.dtype.name, x.shape) for x in (digests, lengths, logp, entropy)]
         n, total = len(lengths), int(lengths.sum(dtype=np.int64))
-        if (lengths < 0).any() or kinds != [("uint8", (n, 16)), ("int32", (n,)), *[("float32", (total,))] * 2]:
+        if (lengths < 0).any() or not np.isfinite([logp.sum(), entropy.sum()]).all() or kinds != [
+                ("uint8", (n, 16)), ("int32", (n,)), *[("float32", (total,))] * 2]:
             raise TypeError("its tensors are not those of scores")
     except (SafetensorError, AttributeError, TypeError) as error:       # the latter of types that numpy has not
         raise BadData(f"{path}: not a whole file of scores ({error}); give --reference another path") from None

@@ -516,7 +516,7 @@ class Transformer(nn.Module):
         for name, tensor in tensors:
             ours, transposed = origin.family.find(name, config.layers) or ([], False)
             if not ours or ours[0] not in shapes or ours[0] in have:
-                raise BadModel(f"{folder}: tensor {name!r} {tuple(tensor.shape)} has no place in this model of "
+                raise BadModel(f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model of "
                                f"{config.layers} layers, or shares it; is config.json that of another one?")
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                 raise BadModel(f"{folder}: tensor {name!r} is of {tensor.dtype}, quantised weights are not done here")
@@ -742,7 +742,7 @@ def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) 
         found += ids if isinstance(ids, list) else [ids] if ids is not None else []
         for token in found:
             if type(token) is not int or not 0 <= token < vocab_size:
-                raise BadModel(f"{folder / name}: eos_token_id {token!r} is none of this model's {vocab_size:,} tokens")
+                raise BadModel(f"{folder / name}: eos_token_id {token!r:.80} is none of its {vocab_size:,} tokens")
     return tuple(dict.fromkeys(found))
 
 
