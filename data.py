@@ -8,6 +8,7 @@ template.  Prompt and response meet between two tokens; the token that ends a re
 """
 import argparse
 import contextlib
+import faulthandler
 import gzip
 import hashlib
 import json
@@ -161,31 +162,36 @@ def decode_json(text: bytes):
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Files, here or on the Hugging Face hub
 
-LONGEST = 1 << 28              # bytes of a line, or of an array: no more is read into memory
+LONGEST = 1 << 22, 3 << 24     # bytes of a record, and of an array: tokens take 200 times the memory, lists 20 times
+DENSEST = 50                   # times its size, and a record, is what a .gz file may hold
 REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
     """("file:line", text) of each line that is not blank, of a plain or .gz file; ("file:record", text) of each item,
     if a .json file holds an array."""
-    path, number = fetch(name), 0
+    path, number, size = fetch(name), 0, 0
     if ".parquet" in path.suffixes:
         raise BadData(f"{name}: Parquet is not read; make it JSON Lines, for example by pandas.read_parquet(file)"
                       ".to_json('pairs.jsonl', orient='records', lines=True)")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-            read = file.read if array else file.readline
-            for number, line in enumerate(iter(lambda: read(LONGEST + 1), b""), 1):
-                if len(line) > LONGEST:
-                    raise BadData(f"longer than {LONGEST:,} bytes; write one record a line")
+            read, most = file.read if array else file.readline, LONGEST[array]
+            room = LONGEST[0] + DENSEST * path.stat().st_size if path.suffix == ".gz" else math.inf
+            for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
+                size += len(line)
+                if len(line) > most:
+                    raise BadData(f"longer than {most:,} bytes; write one record a line")
+                if size > room:
+                    raise BadData(f"over {DENSEST} times the size of the gzip file; unpack it, if you trust it")
                 if array:
                     for record, item in enumerate(decode_json(line), 1):
                         yield f"{name}:{record}", json.dumps(item).encode()
-                elif line.strip():
+                elif line.removeprefix(b"\xef\xbb\xbf").strip():
                     yield f"{name}:{number}", line
     except (BadData, RecursionError) as error:
-        raise BadData(f"{name}:{number}: {error}") from None
+        raise BadData(f"{name}:{number}: {error!s:.500}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
     except OSError as error:
@@ -224,10 +230,13 @@ RENDERING = 5.0, 1 << 30       # seconds and bytes that a chat template may take
 
 @contextlib.contextmanager
 def bounded(seconds: float, room: int):
-    """TimeoutError after so many seconds (in the main thread), MemoryError beyond so many bytes more (on Linux)."""
+    """TimeoutError after so many seconds (in the main thread), MemoryError beyond so many bytes more (on Linux).
+    What no signal interrupts, such as == of lists in lists, ends the process after three times as many seconds."""
     def late(*_):
         raise TimeoutError(f"still running after {seconds} seconds")
     with contextlib.ExitStack() as undo:
+        undo.callback(faulthandler.cancel_dump_traceback_later)
+        faulthandler.dump_traceback_later(3 * seconds, exit=True, file=2)
         if sys.platform == "linux":
             import resource
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -257,12 +266,29 @@ def compile_template(source: str):
     return world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
 
 
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > LONGEST[1]:
+        raise BadData(f"{path}: longer than {LONGEST[1]:,} bytes")
+    return path.read_bytes()
+
+
 def _settings(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = decode_json(_read(path)) if path.is_file() else {}
         return content if isinstance(content, dict) else {}
-    except ValueError as error:
-        raise BadData(f"{path}: not JSON ({error})") from None
+    except BadData as error:
+        raise BadData(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def complaint(what: str):
+    """BadData in place of what the tokenizers library raises: no class of its own, and panics are no Exceptions."""
+    try:
+        yield
+    except (BadData, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise BadData(f"{what} ({error})") from None
 
 
 class Tokenizer:
@@ -273,36 +299,37 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
         config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
-        except Exception as error:                      # the library raises nothing narrower
-            raise BadData(f"{folder}: not a tokenizer ({error})") from None
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        if "added_tokens_decoder" not in config:        # older folders name their tokens elsewhere
-            config |= _settings(folder / "special_tokens_map.json")
-        tokens = {key: token.get("content") if isinstance(token, dict) else token
-                  for key, token in config.items() if key.endswith("_token")}
-        self.tokens = {key: token for key, token in tokens.items() if isinstance(token, str)}    # names for templates
-        if isinstance(template, list):
-            template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
-        self.template = template                        # a string, once used compiled; None without
-        self.eos = self._find_eos(folder)
-        added = self.backend.get_added_tokens_decoder()
-        self.ends = {self.eos, *(i for i in added if added[i].content.strip())}      # a turn of a chat ends with one
-        added, plain = self.backend.encode("a").ids, self._encode("a")
-        self.bos = next(added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain)
-        # Some tokenizers put a space before every text; behind an anchor they do not.
-        self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
+        with complaint(f"{folder}: not a tokenizer"):
+            self.backend = tokenizers.Tokenizer.from_buffer(_read(folder / "tokenizer.json"))
+            template = _read(own).decode() if own.is_file() else config.get("chat_template")
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            if "added_tokens_decoder" not in config:    # older folders name their tokens elsewhere
+                config |= _settings(folder / "special_tokens_map.json")
+            tokens = {key: token.get("content") if isinstance(token, dict) else token
+                      for key, token in config.items() if key.endswith("_token")}
+            self.tokens = {key: token for key, token in tokens.items() if isinstance(token, str)}  # names for templates
+            if isinstance(template, list):
+                template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
+            self.template = template                    # a string, once used compiled; None without
+            self.eos = self._find_eos(folder)
+            added = self.backend.get_added_tokens_decoder()
+            self.ends = {self.eos, *(i for i in added if added[i].content.strip())}  # a turn of a chat ends with one
+            added, plain = self.backend.encode("a").ids, self._encode("a")
+            self.bos = next((added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain), None)
+            if not plain or self.bos is None:
+                raise BadData(f"{folder}: its tokenizer makes {plain} of 'a', and with special tokens {added}")
+            # Some tokenizers put a space before every text; behind an anchor they do not.
+            self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
 
     def _find_eos(self, folder: Path) -> int:
         if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
             return found
         for name in ("generation_config.json", "config.json"):
             found = _settings(folder / name).get("eos_token_id")
-            if found is not None:
-                return found[0] if isinstance(found, list) and found else found
+            found = found[0] if isinstance(found, list) and found else found
+            if type(found) is int and 0 <= found < 1 << 31 and self.backend.id_to_token(found) is not None:
+                return found
         raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
 
     def render(self, chat: list[dict], answer: bool) -> str:
@@ -322,10 +349,13 @@ class Tokenizer:
                 raise OverflowError(f"{len(text):,} characters from {len(plain(chat)):,}")
             return text
         except Exception as error:                      # a template can raise anything
-            raise BadData(f"the chat template fails ({type(error).__name__}: {str(error)[:300]})") from None
+            if isinstance(error, TimeoutError):         # once is enough
+                self.template = "{{ raise_exception('it takes too long') }}"
+            raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
 
     def _encode(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with complaint("the tokenizer fails"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def _continue(self, text):
         return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
@@ -344,7 +374,8 @@ class Tokenizer:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def text(self, ids) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        with complaint("the tokenizer fails"):
+            return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
         """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
@@ -424,10 +455,12 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -
     for where, line in (found for name in ([names] if isinstance(names, str | Path) else names)
                         for found in read_lines(name)):
         try:
+            if len(line) > LONGEST[0]:                  # one of an array
+                raise BadData(f"longer than {LONGEST[0]:,} bytes")
             record = parse(decode_json(line), need_rejected)
             yield where, record, tokenizer.pair(record) if tokenizer else tuple(map(plain, record[:3]))
         except (BadData, RecursionError) as error:      # the latter from thousands of brackets
-            yield where, BadData(str(error)), None
+            yield where, BadData(f"{error!s:.500}"), None
 
 
 def fit(ids, bos: list[int], max_tokens: int) -> list[int] | None:
@@ -567,7 +600,12 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
         with safe_open(path, "np") as file:
             made_by = (file.metadata() or {}).get("key")
             digests, lengths, logp, entropy = (file.get_tensor(n) for n in ("digest", "length", "logp", "entropy"))
-    except SafetensorError as error:
+        kinds = [(x.dtype.name, x.shape) for x in (digests, lengths, logp, entropy)]
+        n, total = len(lengths), int(lengths.sum(dtype=np.int64))
+        if (lengths < 0).any() or not np.isfinite([logp.sum(), entropy.sum()]).all() or kinds != [
+                ("uint8", (n, 16)), ("int32", (n,)), *[("float32", (total,))] * 2]:
+            raise TypeError("its tensors are not those of scores")
+    except (SafetensorError, AttributeError, TypeError) as error:       # the latter of types that numpy has not
         raise BadData(f"{path}: not a whole file of scores ({error}); give --reference another path") from None
     if made_by != key:
         raise BadData(f"{path}: scored by other weights or another --dtype; choose another --out, or remove it")
@@ -822,7 +860,7 @@ def main():
     try:
         sys.exit(not examine(args.files, args.model and Tokenizer(find_model(args.model)), args.max_tokens, args.show))
     except BadData as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
+        print(f"data.py: error: {error!s:.2000}", file=sys.stderr)
         sys.exit(1)
 
 

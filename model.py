@@ -90,7 +90,7 @@ def llama_config(c: dict) -> Config:
                   positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
                   eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), rms=True, gated=True,
                   qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope,
-                  rotary=int(head_dim * c.get("partial_rotary_factor", 1)), window=window,
+                  rotary=int(head_dim * float(c.get("partial_rotary_factor", 1))), window=window,
                   sliding=sliding_layers(c, window))
 
 
@@ -520,9 +520,11 @@ class Transformer(nn.Module):
         for name, tensor in tensors:
             ours, transposed = origin.family.find(name, config.layers) or ([], False)
             if not ours or ours[0] not in shapes or ours[0] in have:
-                raise BadModel(f"{folder}: tensor {name!r} {tuple(tensor.shape)} has no place in this model of "
+                raise BadModel(f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model of "
                                f"{config.layers} layers, or shares it; is config.json that of another one?")
-            tensor = tensor.t() if transposed else tensor
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                raise BadModel(f"{folder}: tensor {name!r} is of {tensor.dtype}, quantised weights are not done here")
+            tensor = tensor.t() if transposed and tensor.dim() == 2 else tensor
             sizes = [shapes[p][0] for p in ours]
             if tensor.shape != (sum(sizes), *shapes[ours[0]][1:]):
                 raise BadModel(f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for "
@@ -580,7 +582,7 @@ class Transformer(nn.Module):
     def notes(self) -> list[str]:
         """What config.json asks for and training goes without; whoever trains should say it."""
         settings = json.loads(self.origin.files["config.json"])
-        return [f"config.json asks for {key}={settings[key]}: there is no dropout here, it is 0"
+        return [f"config.json asks for {key}={settings[key]!r:.80}: there is no dropout here, it is 0"
                 for key in DROPOUTS if settings.get(key)]
 
 
@@ -700,6 +702,7 @@ class Origin(NamedTuple):
 
 
 KEPT = (".json", ".jinja", ".model", ".txt")      # files beside the weights that belong to a model
+LONGEST = 1 << 26                                 # bytes of such a file
 DROPOUTS = "attn_pdrop resid_pdrop embd_pdrop attention_dropout hidden_dropout".split()
 
 
@@ -710,7 +713,7 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
         c = {**settings, **(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
         for key, done in {**ONLY["every"], **ONLY.get(kind, {})}.items():
             if c.get(key, done) != done and (c[key] or done):
-                raise BadModel(f"asks for {key}={str(c[key])[:80]}, which is not done here for {kind} models")
+                raise BadModel(f"asks for {key}={c[key]!r:.80}, which is not done here for {kind} models")
         if kind not in FAMILIES:
             raise BadModel(f"model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
         config = FAMILIES[kind].config(c)
@@ -720,8 +723,8 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
         for name in ["vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions",
                      *["rotary"] * bool(config.rope), *["window"] * bool(config.sliding)]:
             value = getattr(config, name)
-            if not isinstance(value, int) or value < 1:
-                raise BadModel(f"a {kind} model needs a size above 0 for its {name}, found {value!r}")
+            if type(value) is not int or not 0 < value < 1 << 63:
+                raise BadModel(f"a {kind} model needs a size above 0 for its {name}, found {value!r:.80}")
         if config.heads % config.kv_heads or config.rotary % 2 or config.rotary > config.head_dim:
             raise BadModel(f"no {config.heads} heads can share {config.kv_heads} for keys, or no {config.rotary} of "
                            f"{config.head_dim} coordinates turn in pairs")
@@ -729,9 +732,9 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
             raise BadModel(f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     except KeyError as error:
         raise BadModel(f"{where}: a {kind} model needs {error} there") from None
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:       # the latter from torch
         what = error if isinstance(error, BadModel) else f"a number of this {kind} model is none ({error})"
-        raise BadModel(f"{where}: {what}") from None
+        raise BadModel(f"{where}: {what!s:.500}") from None
     return FAMILIES[kind], config
 
 
@@ -743,13 +746,19 @@ def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) 
         found += ids if isinstance(ids, list) else [ids] if ids is not None else []
         for token in found:
             if type(token) is not int or not 0 <= token < vocab_size:
-                raise BadModel(f"{folder / name}: eos_token_id {token!r} is none of this model's {vocab_size:,} tokens")
+                raise BadModel(f"{folder / name}: eos_token_id {token!r:.80} is none of its {vocab_size:,} tokens")
     return tuple(dict.fromkeys(found))
 
 
 def read_json(path: Path) -> dict:
+    def unique(items):
+        if len(dict(items)) < len(items):
+            raise ValueError("a name stands twice in an object")
+        return dict(items)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LONGEST:
+            raise ValueError(f"longer than {LONGEST:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise BadModel(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -763,32 +772,37 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
         raise BadModel(f"{folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}; "
                        "a model is a folder with config.json, *.safetensors and tokenizer.json")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
+    index, home = folder / "model.safetensors.index.json", folder.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home                 # links in the hub's cache
+    there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    for name, path in there.items():
+        if path.suffix in (*KEPT, ".safetensors") and not path.resolve().is_relative_to(home):
+            raise BadModel(f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
+        if name in ("generation_config.json", index.name):
+            read_json(path)
+    if "model.safetensors" in there:
         names = ["model.safetensors"]
-    elif index.is_file():
+    elif index.name in there:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise BadModel(f"{index}: has no weight_map from tensors to files")
         names = sorted(set(places.values()))
     else:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickles = [name for name in there if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt")]
         raise BadModel(f"{folder}: neither model.safetensors nor its index there" + (
             f", only {pickles[0]}: loading a pickle can run any code, so none is read; convert it with "
             "transformers (from_pretrained, then save_pretrained)" if pickles else ""))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise BadModel(f"{index}: names the file {name!r}, which is not in {folder}")
-    if (folder / "generation_config.json").exists():
-        read_json(folder / "generation_config.json")
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
-             if path.suffix in KEPT and path.is_file() and path.stat().st_size < 2 ** 27}
+        if name not in there or not name.endswith(".safetensors"):
+            raise BadModel(f"{index}: names the file {name!r:.300}, which is no safetensors file in {folder}")
+    files = {name: path.read_bytes() for name, path in there.items()
+             if path.suffix in KEPT and path.stat().st_size <= LONGEST}
     bytes_there = sum((folder / name).stat().st_size for name in names)
     weights = config.dim * (config.vocab_size + (config.rope is None) * config.positions
                             + config.layers * 2 * (config.heads * config.head_dim + config.hidden))
-    if weights > bytes_there:                                        # before a terabyte is asked of the machine
-        raise BadModel(f"{folder}: config.json asks for at least {weights:,} weights, the safetensors files have "
-                       f"{bytes_there:,} bytes; is it that of another model?")
+    if weights > bytes_there or config.layers > 10_000:              # before a terabyte is asked of the machine
+        raise BadModel(f"{folder}: config.json asks for {config.layers:,} layers, at least {weights:,} weights; the "
+                       f"safetensors files have {bytes_there:,} bytes; is it that of another model?")
     origin = Origin(family, files, {}, {}, {})
     return origin, config, _tensors(folder, names, origin)
 
@@ -836,7 +850,7 @@ def main():
     except BrokenPipeError:                                          # whoever read has seen enough (`| head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"model.py: error: {error}", file=sys.stderr)
+        print(f"model.py: error: {error!s:.2000}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -846,7 +860,10 @@ def talk(args):
     model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
-    except Exception as error:                                       # the library raises nothing narrower
+        tokenizer.decode(tokenizer.encode("a").ids)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:                                   # the library raises nothing narrower, and panics
         raise BadModel(f"{args.folder}: no tokenizer.json that can be read ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -134,8 +134,8 @@ class Config:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         for names, fits, what in [
-                ("model out reference", lambda v: v != "", "not be empty"),
-                ("data eval_data", all, "name files"),
+                ("model out reference", lambda v: v and v.isprintable(), "not be empty, nor hold control characters"),
+                ("data eval_data", lambda v: all(name and name.isprintable() for name in v), "name files"),
                 ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star "
                  "lora_alpha", lambda v: 0 < v < math.inf, "be a number above 0"),
                 ("eval_pairs save_every samples sample_tokens sft lora_rank",
@@ -204,7 +204,7 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
 def config_flags(path: str) -> list[str]:
     """A JSON file of settings as flags, so that both meet the same checks."""
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = read_json(Path(path))
         settings = settings.get("config", settings)
         items = settings.items()
     except (OSError, ValueError, AttributeError) as error:
@@ -414,6 +414,8 @@ class Part:
         entropy = torch.full_like(logp, torch.nan)
         for i in self.visited():
             score, n = scores[self.pairs[i].digest()], len(self.pairs[i].chosen)
+            if len(score.logp) != n + len(self.pairs[i].rejected):
+                raise BadData(f"{self.pairs[i].where}: has more or fewer tokens than the reference's scores of it")
             logp[i] = torch.tensor([half.sum(dtype=np.float64) for half in np.split(score.logp, [n])])
             entropy[i] = torch.tensor([half.mean(dtype=np.float64) for half in np.split(score.entropy, [n])])
         self.ref_logp = logp.to(self.ref_logp)                                            # (P, 2)
@@ -485,6 +487,9 @@ MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_
               "sample_tokens shard checkpoint_activations device dtype").split()        # in a run that is resumed
 
 
+STATE = {"step": int, "seconds": float, "skipped": list, "scaler": dict, "run": dict, "sha256": dict}
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The newest first."""
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
@@ -535,11 +540,14 @@ def remove(folders: list[Path]) -> None:
 
 
 def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    places = dict(model.named_parameters())
     with safe_open(folder / "state.safetensors", "pt") as file:
         for key in file.keys():                                    # noqa: SIM118 (it is not a dict)
             kind, _, name = key.partition(".")
-            p = model.get_parameter(name)
-            tensor = file.get_tensor(key).to(p.device, copy=True)  # the file goes soon
+            p = places.get(name)
+            if p is None or file.get_slice(key).get_shape() not in ([], list(p.shape)):
+                raise BadConfig(f"--resume: {folder}: state.safetensors has {key!r:.300}, which is not of this model")
+            tensor = file.get_tensor(key).to(p.device, copy=True)      # the file goes soon
             if kind == "weight":
                 p.data.copy_(put(tensor, p))
             else:
@@ -567,6 +575,9 @@ def first_state(cfg: Config, record: dict) -> dict | None:
               + ", in place of the finished run" * state.get("finished", False))
         write_json(out / "run.json", record)                       # from now on the folder is this run's
         return {"step": 0, "seconds": 0.0, "skipped": [], "run": record}
+    wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
+    if wrong or state.get("step", 0) < 0:
+        raise BadConfig(f"--resume: {where} says nothing usable of {', '.join(wrong) or 'step'}; remove the folder")
     old, new = fixed(state.get("run", state)), fixed(record)
     changed = ", ".join(f"{name} ({old.get(name)!s:.12}, now {value!s:.12})" for name, value in new.items()
                         if old.get(name) != value)
@@ -575,8 +586,9 @@ def first_state(cfg: Config, record: dict) -> dict | None:
     if not found:
         print(f"finished    {out}: there is nothing to do")
         return None
-    for name, digest in state["sha256"].items():
-        if sha256(found[0] / name) != digest:
+    there = {str(path.relative_to(found[0])): path for path in found[0].rglob("*") if path.is_file() and path != where}
+    for name in there | state["sha256"]:                           # what is there, and nothing else
+        if name not in there or sha256(there[name]) != state["sha256"].get(name):
             raise BadConfig(f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
     print(f"start       at step {state['step']}, from {found[0]}")
     return {**state, "run": record}
@@ -584,7 +596,8 @@ def first_state(cfg: Config, record: dict) -> dict | None:
 
 def fixed(record: dict) -> dict:
     """What must be alike in a run that is resumed: settings, and the contents behind some."""
-    settings = {"schema": record.get("schema"), **record.get("config", {})}
+    config = record.get("config")
+    settings = {"schema": record.get("schema"), **(config if isinstance(config, dict) else {})}
     return {name: record.get(f"{name}_sha256", settings[name]) for name in settings if name not in MAY_CHANGE}
 
 
@@ -1136,7 +1149,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def stop(status: int, why) -> None:
     rank = int(os.environ.get("RANK", 0))
-    print(f"train.py: error: {why}" + f" (rank {rank})" * (rank > 0), file=sys.stderr, flush=True)
+    print(f"train.py: error: {why!s:.2000}" + f" (rank {rank})" * (rank > 0), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

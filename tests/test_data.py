@@ -447,7 +447,7 @@ def test_brackets_of_any_depth(tmp_path, tokenizer):
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.LONGEST", 1 << 20)
+    monkeypatch.setattr("data.LONGEST", (1 << 20, 1 << 20))
     with open(tmp_path / "f.jsonl", "wb") as file:
         file.truncate(1 << 33)                                                 # 8 GiB of nothing
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b" " * (1 << 24)))

@@ -161,7 +161,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
                 for name in names.split():
                     patch.setattr(place, name, failing(getattr(place, name)))
             try:
-                save(cfg, {**state, "step": 3}, model, optimizer, ALONE)           # of step 3, though the weights are of step 2
+                save(cfg, {**state, "step": 3}, model, optimizer, ALONE)     # of 3, though the weights are of 2
             except RunFailed as error:
                 assert "cannot be written ([Errno 28]" in str(error) and "bytes, " in str(error)
         found = checkpoints(out)
