@@ -495,10 +495,11 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
 
 
-def checkpoint_size(model: Transformer) -> int:
-    """Bytes: the model's folder, and float32 weights with AdamW's two moments."""
-    each = 12 + max(dtype.itemsize for _, dtype in model.origin.tensors.values())
-    return each * sum(p.numel() for p in model.parameters())
+def checkpoint_size(cfg: Config, model: Transformer) -> int:
+    """Bytes: what was trained and AdamW's two moments of it, in float32, and the model's folder."""
+    size = max(dtype.itemsize for _, dtype in model.origin.tensors.values()) * (cfg.merge or not cfg.lora_rank)
+    return sum((12 + 4 * bool(cfg.lora_rank)) * p.requires_grad * p.numel() + size * p.numel()
+               for p in model.parameters())
 
 
 def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: torch.optim.Optimizer,
@@ -530,7 +531,7 @@ def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: tor
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise RunFailed(f"the checkpoint of step {state['step']} cannot be written ({error}); it takes "
-                        f"{checkpoint_size(model):,} bytes, {shutil.disk_usage(out).free:,} are free") from None
+                        f"{checkpoint_size(cfg, model):,} bytes, {shutil.disk_usage(out).free:,} are free") from None
 
 
 def remove(folders: list[Path]) -> None:
@@ -806,7 +807,7 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     if cfg.reference:
         world.agree(lambda: claim(Path(cfg.reference + ".lock"), wait=True).close())
     with contextlib.ExitStack() as mine:
-        need = checkpoint_size(model) * (1 if cfg.save_every == 0 else 2)
+        need = checkpoint_size(cfg, model) * (1 if cfg.save_every == 0 else 2)
         world.agree(lambda: mine.enter_context(claim(out / "lock", need)).name)
         run(cfg, model, tokenizer, part, held, world, on_step)
 

@@ -24,7 +24,6 @@ from conftest import ROOT
 from data import (
     BadData,
     Schedule,
-    Scores,
     Tokenizer,
     at_kl,
     collate,
@@ -33,9 +32,7 @@ from data import (
     pack,
     parse,
     read_lines,
-    read_reference,
     write_jsonl,
-    write_reference,
 )
 
 GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
@@ -521,17 +518,6 @@ def test_the_hub_out_of_reach_or_unwilling(tmp_path):
         assert line.startswith(f"BadData: {name}: ") and kind in line
     for name, line in zip(names, ask_hub(tmp_path, *names, HF_ENDPOINT="http://127.0.0.1:9"), strict=True):
         assert line.startswith(f"BadData: {name}: ") and "LocalEntryNotFoundError" in line
-
-
-def test_two_runs_may_write_one_file_of_scores(tmp_path, monkeypatch):
-    names, replace = [], os.replace
-    monkeypatch.setattr("os.replace", lambda new, path: (names.append(new), replace(new, path)))
-    scores = {b"x" * 16: Scores(np.zeros(2, dtype=np.float32), np.ones(2, dtype=np.float32))}
-    for pid in (7, 8):
-        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
-        write_reference(tmp_path / "r.safetensors", "key", scores)
-    assert len(set(names)) == 2 and [path.name for path in tmp_path.iterdir()] == ["r.safetensors"]
-    assert read_reference(tmp_path / "r.safetensors", "key")[b"x" * 16].entropy.tolist() == [1, 1]
 
 
 # --- the doctor ---------------------------------------------------------------------------------------------
