@@ -155,7 +155,7 @@ def ours(job: dict) -> dict:
     clock = Clock(job, torch)
     cfg = train.Config(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
                        batch_size=job["batch"], steps=job["steps"], out=job["work"], reference=None,
-                       dtype=job["dtype"], device="cuda" if clock.cuda else "cpu")
+                       save_every=0, dtype=job["dtype"], device="cuda" if clock.cuda else "cpu")
     world = train.join_world(cfg)
     torch.manual_seed(cfg.seed)
     model = Transformer.from_pretrained(cfg.model, world.device)
@@ -166,13 +166,15 @@ def ours(job: dict) -> dict:
     scores = Path(job["work"], "reference.safetensors")
     scores.unlink(missing_ok=True)
     before = clock.now()
-    part.attach(train.score_reference(model, scores, part.rows(world), world), model.config.vocab_size)
+    known = train.score_reference(model, scores, train.fingerprint(model, world), part.rows(world), world)
+    part.attach(known, model.config.vocab_size)
     reference, rows = clock.now() - before, []
 
     def on_step(step, model):
         if step:
             clock.step_ended()
-    train.train(cfg, model, part, None, world, rows.append, None, on_step)
+    state = {"step": 0, "seconds": 0.0, "skipped": []}
+    train.train(cfg, model, part, None, world, state, [], rows.append, None, on_step)
     batches = [[pairs[i] for i in part.schedule.batch(step)] for step in range(cfg.steps)]
     return clock.result([row["loss"] for row in rows], reference_s=reference, name="ours", torch=torch.__version__,
                         flops=[useful_flops(model, batch) for batch in batches],
