@@ -799,6 +799,12 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     if cfg.reference and Path(cfg.reference).is_dir():
         raise BadConfig(f"--reference {cfg.reference}: a folder, it should be a file for the reference's scores")
     part, held = load_parts(cfg, model, tokenizer, world)
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= which) for which in (0, 1))
+    world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained, "
+              f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}; a response ends with "
+              f"{tokenizer.text([int(part.pairs[0].chosen[-1])])!r}")
+    settings = ", ".join(f"{k} {v}" for k, v in cfg.method._asdict().items() if k != "link")
+    world.say(f"method      {cfg.loss}: {settings}")
     sizes = memory(model, part, world)
     world.say(f"memory      {sum(sizes.values()) / 2 ** 30:.2f} GiB a process: "
               + ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in sizes.items()))
@@ -815,14 +821,7 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
 def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held: Part | None, world: World,
         on_step: Callable | None) -> None:
     """In a folder that is this run's alone, from the reference pass to what is left of a finished run."""
-    out, method = Path(cfg.out), cfg.method
-    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= which) for which in (0, 1))
-    world.say(f"model       {cfg.model}: {size / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained, "
-              f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}; a response ends with "
-              f"{tokenizer.text([int(part.pairs[0].chosen[-1])])!r}")
-    settings = ", ".join(f"{k} {v}" for k, v in method._asdict().items() if k != "link")
-    world.say(f"method      {cfg.loss}: {settings}")
-    key = fingerprint(model, world)
+    out, key = Path(cfg.out), fingerprint(model, world)
     record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
               "steps": part.steps, "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0,
               "model_sha256": key, "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
