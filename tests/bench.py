@@ -332,8 +332,8 @@ def draw(cells: list[list[dict]], path: str) -> None:
     flat = [row for cell in cells for row in cell]
     labels = [(title(row["job"]) + "\n") * (row["name"] == "ours") + row["name"] for row in flat]
     names = list(dict.fromkeys(row["name"] for row in flat))
-    for axis, (key, what) in zip(axes, [("pairs_s", "pairs a second"), ("peak_mb", "peak memory above idle, MB"),
-                                        ("first_s", "seconds until the first step has ended")]):
+    for axis, (key, what) in zip(axes, [("pairs_s", "pairs a second"), ("peak_mb", "peak MB above idle"),
+                                        ("first_s", "s until the first step's end")]):
         axis.barh(range(len(flat)), [row[key] for row in flat], color=[f"C{names.index(row['name'])}" for row in flat])
         axis.set(title=what, yticks=range(len(flat)), yticklabels=labels)
         axis.invert_yaxis()
