@@ -276,6 +276,10 @@ def join_world(cfg: Config) -> World:
     dtype = DTYPES[best if cfg.dtype == "auto" else cfg.dtype]
     if dtype == torch.float16 and not cuda:
         raise BadConfig("--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
+    if cfg.param_dtype == "bfloat16" and dtype != torch.bfloat16:
+        raise BadConfig(f"--param-dtype bfloat16 wants --dtype bfloat16, not {str(dtype)[6:]}")
+    if cfg.shard and dtype == torch.float16:
+        raise BadConfig("--shard wants --dtype bfloat16 or float32, not float16")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, size = next(dist.rendezvous("env://"))        # after a restart: with the addresses of dead ranks
         store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
