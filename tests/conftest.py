@@ -105,7 +105,7 @@ def forked(script, arguments, cwd, outputs):
         sys.argv = [script, *map(str, arguments)]
         os.chdir(cwd or ".")
         torch.set_num_threads(1)                                    # others did not survive the fork
-        importlib.import_module(script.removesuffix(".py")).main()
+        importlib.import_module(Path(script).stem).main()
         status = 0
     except SystemExit as end:
         status = end.code or 0
