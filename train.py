@@ -540,6 +540,7 @@ def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: tor
 
 def remove(folders: list[Path]) -> None:
     for folder in folders:
+        shutil.rmtree(folder.parent / "new", ignore_errors=True)   # what a run that was killed here left
         os.replace(folder, folder.parent / "new")                  # what has the name of a checkpoint is whole
         shutil.rmtree(folder.parent / "new")
 

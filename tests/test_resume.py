@@ -76,6 +76,15 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
     assert "there is nothing to do" in capsys.readouterr().out
 
 
+def test_half_a_removed_checkpoint_is_no_obstacle(job, tmp_path):
+    """As a run leaves it that is killed while it removes its last checkpoint."""
+    job(stop_at=1)
+    (tmp_path / "out/checkpoint/new/model").mkdir(parents=True)
+    (tmp_path / "out/checkpoint/new/model/config.json").write_text("{}")
+    job(resume=True, save_every=0)
+    assert not (tmp_path / "out/checkpoint").exists()
+
+
 def test_resume_refuses_another_run(job, make_model, pairs, tmp_path, capsys):
     job(resume=True, stop_at=1)
     assert "there is no checkpoint" in capsys.readouterr().out
