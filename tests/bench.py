@@ -2,25 +2,55 @@
 
     python tests/bench.py --peer TRL_VENV/bin/python                        random Llama, made-up pairs
     python tests/bench.py --model DIR DIR --data pairs.jsonl --rounds 3     your own models and pairs
-    python tests/bench.py --vocab 32000 128256 --length 256 1024 4096 --share .2 .5 .8 --batch 2 4 8 32
+    python tests/bench.py --sweep --steps 3 --rounds 1 --picture sweep.png  vocabulary, length, prompt share, batch
+    python tests/bench.py --memory                                          bytes a token, for each vocabulary
+    python tests/bench.py --processes 1 2 --batch 8                         one process and two, whole and sharded
+    python tests/bench.py --profile                                         where the time of a step of ours goes
+
+On a machine with a GPU, a Llama of 1.2 billion parameters in bfloat16, and where its step's time goes:
+
+    python tests/bench.py --shape 1b --batch 8 --steps 12 --peer TRL_VENV/bin/python --liger --compile
+    python tests/bench.py --shape 1b --batch 8 --steps 6 --profile --compile
 
 A peer is PYTHON or PYTHON:PYTHONPATH, a Python that has trl; several may be given.  Without one, only ours is measured.
 Both sides get the same folder, the same token ids in the same order, AdamW at a constant rate, clipping at 1, beta 0.1,
 and compute the reference's scores before the first step.  Ours is train.py's own score_reference and train.
 """
 import argparse
-import gzip
+import importlib.util
 import itertools
 import json
 import os
+import random
+import re
+import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT, END, PAD = Path(__file__).resolve().parent.parent, "<end>", "<pad>"
+KINDS = {                         # of what a profile shows: the first whose pattern is in the name
+    "attention": "attention|flash|flex|fmha", "matrix products": "mm|gemm|nvjet|cutlass|linear",
+    "optimiser": "adam", "copies": "copy|memcpy|memset|cat|clone|fill|zero|empty",
+    "element-wise": "^aten|elementwise|reduce|triton|softmax|norm|index", "the rest": ""}
+SHAPES = {                        # of a random Llama; its defaults; the longest of its pairs over the shortest
+    "small": ({"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
+               "intermediate_size": 704}, {"vocab": [32000], "length": [512], "dtype": "float32"}, 1.4),
+    "1b": ({"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "intermediate_size": 8192}, {"vocab": [128256], "length": [2048], "dtype": "bfloat16"}, 4)}
+GRIDS = {                         # what --vocab, --length, --share and --batch are, if not given
+    "plain": {"share": [0.5], "batch": [4]},
+    "sweep": {"vocab": [32000, 128256], "length": [256, 1024, 4096], "share": [0.5, 0.2, 0.8], "batch": [4, 2, 8, 32]},
+    "memory": {"vocab": [32000, 128256], "length": [256], "share": [0.5], "batch": [2, 4, 8, 16, 24]}}
+FACTORS = {"vocab": ("vocabulary", ","), "length": ("tokens of prompt + response, at most", ","),
+           "share": ("share of the prompt", ".0%"), "batch": ("pairs a step", ",")}
+FIGURES = {"pairs_s": "pairs a second", "peak_mb": "peak MB above idle", "first_s": "s until the first step's end"}
 FIELDS = {                        # a column of the table: how it is called, and its format
     "pairs_s": ("pairs/s", ".2f"), "tokens_s": ("tokens/s", ",.0f"), "mfu": ("of ceiling", ".1%"),
     "cpu_s": ("CPU s/step", ".2f"), "peak_mb": ("peak MB", ",.0f"), "first_s": ("1st step s", ".1f"),
@@ -30,7 +60,7 @@ FIELDS = {                        # a column of the table: how it is called, and
 # ---------------------------------------------------------------------------------------------------------------
 # 1. What is trained: a folder and a file
 
-def make_folder(folder: Path, vocab: int) -> None:
+def make_folder(folder: Path, vocab: int, shape: str) -> None:
     """A random Llama whose words are w0, w1, ...: any row of token ids is a text, and any text these ids again."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -43,68 +73,60 @@ def make_folder(folder: Path, vocab: int) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD}
     torch.manual_seed(0)
     Transformer.from_config(
-        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": 256,
-         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704,
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, **SHAPES[shape][0],
          "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
          "eos_token_id": vocab - 2},
         {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()},
     ).save_pretrained(folder)
 
 
-def make_pairs(count: int, length: int, share: float, vocab: int) -> list[dict]:
-    """Pairs of about `length` tokens a side, `share` of them the prompt's."""
-    import random
+def make_pairs(count: int, length: int, share: float, vocab: int, spread: float) -> Iterator[dict]:
+    """Pairs of length / spread to `length` tokens, of which the prompt is `share`."""
     draw = random.Random(0)
 
     def words(n):
-        return "".join(f" w{draw.randrange(vocab - 2)}" for _ in range(max(1, n)))
-    pairs = []
+        return "".join(f" w{draw.randrange(vocab - 2)}" for _ in range(max(1, int(n))))
     for _ in range(count):
-        prompt = round(length * share * draw.uniform(0.7, 1))
-        pairs.append({"prompt": words(prompt)[1:], **{side: words(round((length - prompt) * draw.uniform(0.5, 0.98)))
-                                                      for side in ("chosen", "rejected")}})
-    return pairs
+        whole = draw.uniform(length / spread, length)
+        prompt, *both = whole * share, *(whole * (1 - share) * draw.uniform(0.6, 1) - 1 for _ in range(2))
+        yield dict(zip(("prompt", "chosen", "rejected"), (words(prompt)[1:], *map(words, both))))
 
 
-def encode(tokenizer, pair: dict, end: str) -> tuple[list[int], list[int], list[int]]:
-    """As TRL does it with plain text: the end token is added to both responses, prompt and response are tokenised
-    as one text, and the responses begin where one of the two leaves the tokens of the prompt alone."""
-    def ids(text):
-        return tokenizer.encode(text).ids
-    prompt, *both = ids(pair["prompt"]), *(ids(pair["prompt"] + pair[side] + end * (not pair[side].endswith(end)))
-                                           for side in ("chosen", "rejected"))
-    shared = 0
-    while shared < min(map(len, (prompt, *both))) and prompt[shared] == both[0][shared] == both[1][shared]:
-        shared += 1
-    return prompt[:shared], both[0][shared:], both[1][shared:]
-
-
-def open_tokenizer(folder: Path):
+def encoder(folder: Path) -> Callable[[dict], tuple]:
+    """pair -> token ids of prompt, chosen, rejected, as TRL has them of plain text: the end token is added to both
+    responses, prompt and response are one text, the responses begin where one of them leaves the prompt's tokens."""
     from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
-    return Tokenizer.from_file(str(folder / "tokenizer.json")), end["content"] if isinstance(end, dict) else end
+    end = end["content"] if isinstance(end, dict) else end
+
+    def encode(pair):
+        texts = [pair[side] + end * (not pair[side].endswith(end)) for side in ("chosen", "rejected")]
+        prompt, *both = (tokenizer.encode(pair["prompt"] + text).ids for text in ("", *texts))
+        shared = 0
+        while shared < min(map(len, (prompt, *both))) and prompt[shared] == both[0][shared] == both[1][shared]:
+            shared += 1
+        return prompt[:shared], both[0][shared:], both[1][shared:]
+    return encode
 
 
 def prepare(job: dict) -> None:
     """The folder if there is none, and two files of the same pairs: as ours takes them, and in the order in which it
     visits them, for the peer."""
     sys.path.insert(0, str(ROOT))
-    from data import Schedule
+    from data import Schedule, read_lines
     folder, count = Path(job["model"]), job["steps"] * job["batch"]
     if not folder.exists():
-        make_folder(folder, job["vocab"])
+        make_folder(folder, job["vocab"], job["shape"])
     if job["data"]:
-        tokenizer, end = open_tokenizer(folder)
-        read = gzip.open if job["data"].endswith(".gz") else open
-        with read(job["data"], "rt", encoding="utf-8") as file:
-            every = (json.loads(line) for line in file)
-            fits = (p for p in every if all(0 < len(a) + len(b) <= job["length"] for prompt, *both in
-                                            [encode(tokenizer, p, end)] for a, b in itertools.product([prompt], both)))
-            pairs = [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in itertools.islice(fits, count)]
+        encode, every = encoder(folder), (json.loads(line) for _, line in read_lines(job["data"]))
+        fits = ({k: p[k] for k in ("prompt", "chosen", "rejected")} for p in every for prompt, *both in [encode(p)]
+                if prompt and len(prompt) + max(map(len, both)) <= job["length"])
+        pairs = list(itertools.islice(fits, count))
         if len(pairs) < count:
             sys.exit(f"{job['data']}: {len(pairs)} pairs of at most {job['length']} tokens, {count} are needed")
     else:
-        pairs = make_pairs(count, job["length"], job["share"], job["vocab"])
+        pairs = list(make_pairs(count, job["length"], job["share"], job["vocab"], SHAPES[job["shape"]][2]))
     schedule = Schedule([1] * count, job["batch"], 0, count)
     order = [i for step in range(job["steps"]) for i in schedule.batch(step)]
     for name, rows in (("pairs", pairs), ("ordered", [pairs[i] for i in order])):
@@ -126,6 +148,8 @@ class Clock:
     def __init__(self, job, torch):
         self.born, self.cuda, self.torch = job["born"], torch.cuda.is_available() and not job["cpu"], torch
         self.idle, self.ends, self.cpu = resident("VmRSS"), [], []
+        if not self.cuda and job["limit_gb"]:                       # (a GPU's driver maps more than it uses)
+            resource.setrlimit(resource.RLIMIT_DATA, (int(job["limit_gb"] * 2 ** 30),) * 2)
 
     def now(self) -> float:
         if self.cuda:
@@ -152,47 +176,74 @@ def ours(job: dict) -> dict:
     import train
     from data import Pair
     from model import Transformer
+    if job["memory"]:
+        import torch._dynamo  # AdamW loads it: part of the program, not of what the steps take
     clock = Clock(job, torch)
-    cfg = train.Config(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
-                       batch_size=job["batch"], steps=job["steps"], out=job["work"], reference=None,
-                       save_every=0, dtype=job["dtype"], device="cuda" if clock.cuda else "cpu")
+    wanted = dict(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
+                  batch_size=job["batch"], steps=job["steps"], out=job["work"], reference=None, save_every=0,
+                  dtype=job["dtype"], device="cuda" if clock.cuda else "cpu", shard=job["shard"],
+                  compile=job["compile"], tokens_per_row=2 * job["batch"] * job["length"] if job["memory"] else job["row"])
+    cfg = train.Config(**{k: v for k, v in wanted.items() if k in train.Config.__dataclass_fields__})
     world = train.join_world(cfg)
     torch.manual_seed(cfg.seed)
-    model = Transformer.from_pretrained(cfg.model, world.device)
-    tokenizer, end = open_tokenizer(Path(cfg.model))
-    pairs = [Pair(*(np.array(ids, dtype=np.int32) for ids in encode(tokenizer, json.loads(line), end)), None, str(i))
-             for i, line in enumerate(Path(job["work"], "pairs.jsonl").read_text().splitlines())]
+    model = Transformer.from_pretrained(cfg.model, world.device,
+                                        shard=(lambda model: train.share_out(model, world)) if cfg.shard else None)
+    encode, lines = encoder(Path(cfg.model)), Path(job["work"], "pairs.jsonl").read_text().splitlines()
+    pairs = [Pair(*(np.array(ids, dtype=np.int32) for ids in encode(json.loads(line))), None, str(i))
+             for i, line in enumerate(lines)]
     part = train.Part.plan(pairs, cfg, world, cfg.steps)
-    scores = Path(job["work"], "reference.safetensors")
-    scores.unlink(missing_ok=True)
-    before = clock.now()
+    scores, before = Path(job["work"], f"reference{job['born']}.safetensors"), clock.now()
     known = train.score_reference(model, scores, train.fingerprint(model, world), part.rows(world), world)
     part.attach(known, model.config.vocab_size)
-    reference, rows = clock.now() - before, []
+    reference, rows, sizes = clock.now() - before, [], []
+    profiler = torch.profiler.profile() if job["profile"] else None
 
     def on_step(step, model):
         if step:
             clock.step_ended()
+        if profiler and step >= cfg.steps - 1:
+            profiler.start() if step < cfg.steps else profiler.stop()
+    model.register_forward_pre_hook(lambda model, inputs: sizes.append(inputs[0].numel()))
     state = {"step": 0, "seconds": 0.0, "skipped": []}
     train.train(cfg, model, part, None, world, state, [], rows.append, None, on_step)
-    batches = [[pairs[i] for i in part.schedule.batch(step)] for step in range(cfg.steps)]
-    return clock.result([row["loss"] for row in rows], reference_s=reference, name="ours", torch=torch.__version__,
-                        flops=[useful_flops(model, batch) for batch in batches],
-                        tokens=[sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in b) for b in batches],
-                        computed=[sum(p.cost() for p in b) for b in batches],
-                        scored=[sum(len(p.chosen) + len(p.rejected) for p in b) for b in batches])
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    found = clock.result([row["loss"] for row in rows], reference_s=reference, torch=torch.__version__,
+                         graphs=dynamo.counters["stats"]["unique_graphs"] if dynamo else 0, **facts(model, part))
+    ranks = torch.zeros(world.size + 2, device=world.device)
+    ranks[world.rank], ranks[-2], ranks[-1] = found["peak_mb"], sum(sizes), len(sizes)
+    *peaks, positions, rows = world.total(ranks).tolist()
+    return {**found, "peak_mb": max(peaks), "peaks_mb": peaks, "positions": positions, "rows": rows,
+            "estimate": {k: n / 2 ** 20 for k, n in train.memory(model, part, world).items()} if job["memory"] else {},
+            "operations": operations(profiler, clock.cuda) if profiler else []}
 
 
-def useful_flops(model, pairs) -> float:
-    """Of a step, forward and backward: a shared prompt once, attention where it sees, the head where it scores."""
-    c, flops = model.config, 0
-    matrices = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2)
-    for pair in pairs:
-        prompt, *both = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+def facts(model, part) -> dict:
+    """What each step is made of; useful operations are those of its forward and backward pass with a shared prompt
+    once, attention where it sees, the head where it scores; and the positions of right-padded batches of 4 pairs."""
+    c, matrices = model.config, sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+
+    def flops(pair):
+        prompt, *both = map(len, pair[:3])
         seen = prompt ** 2 / 2 + sum(n * prompt + n ** 2 / 2 for n in both)
-        flops += 2 * matrices * pair.cost() + 4 * c.layers * c.heads * c.head_dim * seen
-        flops += 2 * c.vocab_size * c.dim * sum(both)
-    return 3 * flops
+        return 3 * (2 * matrices * pair.cost() + 4 * c.layers * c.heads * c.head_dim * seen
+                    + 2 * c.vocab_size * c.dim * sum(both))
+    figures = {"flops": flops, "tokens": lambda p: 2 * len(p.prompt) + len(p.chosen) + len(p.rejected),
+               "computed": lambda p: p.cost(), "scored": lambda p: len(p.chosen) + len(p.rejected)}
+    steps = [[part.pairs[i] for i in part.schedule.batch(step)] for step in range(part.steps)]
+    padded = [2 * len(four) * max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in four)
+              for pairs in steps for four in (pairs[i:i + 4] for i in range(0, len(pairs), 4))]
+    return {"row": part.schedule.tokens_per_row, "right_padded": sum(padded),
+            **{name: [sum(map(of, pairs)) for pairs in steps] for name, of in figures.items()}}
+
+
+def operations(profiler, cuda: bool) -> list[tuple]:
+    """Of one step: (name, kind, ms by itself, calls), the dearest first; on a GPU, of the kernels."""
+    events = [event for event in profiler.key_averages()
+              if not cuda or (event.device_type.name == "CUDA" and "#" not in event.key)]           # (ranges have a #)
+    found = [(event.key, next(kind for kind, names in KINDS.items() if re.search(names, event.key, re.IGNORECASE)),
+              (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000, event.count)
+             for event in events]
+    return sorted(found, key=lambda row: -row[2])
 
 
 def trl(job: dict) -> dict:
@@ -222,97 +273,144 @@ def trl(job: dict) -> dict:
                   per_device_train_batch_size=job["batch"], lr_scheduler_type="constant", warmup_steps=0, beta=0.1,
                   weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", logging_steps=1, report_to="none",
                   save_strategy="no", disable_tqdm=True, use_cpu=not clock.cuda, bf16=bf16, max_length=job["length"],
-                  gradient_checkpointing=False, loss_type="sigmoid", precompute_ref_log_probs=True,
-                  use_liger_kernel=job["liger"], model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})
+                  gradient_checkpointing=job["checkpoint"], loss_type="sigmoid",
+                  precompute_ref_log_probs=not (job["liger"] and hasattr(InOrder, "_compute_loss_liger")),
+                  use_logits_to_keep=True, use_liger_kernel=job["liger"],
+                  model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})
     known = library.DPOConfig.__dataclass_fields__
     trainer = InOrder(model=job["model"], args=library.DPOConfig(**{k: v for k, v in wanted.items() if k in known}),
                       train_dataset=load_dataset("json", data_files=str(Path(job["work"], "ordered.jsonl")),
                                                  split="train"),
                       processing_class=transformers.AutoTokenizer.from_pretrained(job["model"]), callbacks=[Watch()])
     trainer.train()
-    return clock.result([float(loss) for loss in losses], name=f"trl {library.__version__}", torch=torch.__version__)
+    return clock.result([float(loss) for loss in losses], torch=torch.__version__,
+                        note="with gradient checkpointing" * job["checkpoint"])
 
 
 def ceiling(job: dict) -> dict:
-    """Matrix products of 2,048 x 2,048, for a second: FLOP/s."""
+    """Large square matrix products, for two seconds: FLOP/s."""
     import torch
-    cuda = torch.cuda.is_available() and not job["cpu"]
-    a = torch.randn(2048, 2048, device="cuda" if cuda else "cpu", dtype=getattr(torch, job["dtype"]))
-    count, start = 0, time.perf_counter()
-    for repeat in itertools.count():
-        if repeat == 3:                                             # those before were to get warm
-            count, start = 0, time.perf_counter()
-        a @ a
-        if cuda and repeat % 50 == 0:
-            torch.cuda.synchronize()
-        count += 1
-        if repeat > 5 and time.perf_counter() - start > 1:
-            break
-    if cuda:
-        torch.cuda.synchronize()
-    return {"flops_s": 2 * 2048 ** 3 * count / (time.perf_counter() - start)}
+    from torch.utils.benchmark import Timer
+    device, size = ("cuda", 8192) if torch.cuda.is_available() and not job["cpu"] else ("cpu", 2048)
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, job["dtype"]))
+    timer = Timer("torch.mm(a, a, out=b)", globals={"torch": torch, "a": a, "b": a.clone()},
+                  num_threads=torch.get_num_threads())
+    return {"flops_s": 2 * size ** 3 / timer.blocked_autorange(min_run_time=2).median}
 
 
 WORKERS = {"prepare": prepare, "ours": ours, "trl": trl, "ceiling": ceiling}
 
 
-def spawn(worker: str, job: dict, python: str = sys.executable, path: str = "") -> dict:
-    """Run a worker; its result is the last line of its standard output."""
-    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **({"PYTHONPATH": path} if path else {})}
-    command = [python, __file__, "--worker", worker, json.dumps({**job, "born": time.time()})]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{worker} ({python}) failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Side(NamedTuple):
+    name: str
+    worker: str
+    changes: dict                 # of the job
+    command: tuple = (sys.executable,)
+
+
+def all_sides(args) -> list[Side]:
+    """Ours, or once for each number of processes; and the peers, with and without Liger's kernels."""
+    sides = [Side(f"{count} x {'shard' if shard else 'whole'}", "ours", {"shard": shard},
+                  ("env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc-per-node={count}")) for count in args.processes or [] for shard in (False, True)]
+    sides = sides or [Side("ours", "ours", {})]
+    for peer in [] if args.memory or args.profile else args.peer:
+        python, _, path = peer.partition(":")
+        command = ("env", f"PYTHONPATH={path or os.environ.get('PYTHONPATH', '')}", python)
+        asked = subprocess.run([*command, "-c", "from importlib.metadata import version; print(version('trl'))"],
+                               capture_output=True, text=True)
+        if asked.returncode:
+            sys.exit(f"--peer {peer}: {asked.stderr.splitlines()[-1]}")
+        sides += [Side(f"trl {asked.stdout.strip()}" + " liger" * liger, "trl", {"liger": liger}, command)
+                  for liger in (False, True)[:1 + args.liger]]
+    return sides
+
+
+def spawn(side: Side, job: dict) -> dict:
+    """Run a worker; its result is the last line of its standard output, or, of a peer, why it failed: out of a GPU's
+    memory only after a second chance with gradient checkpointing."""
+    content = {**job, "liger": False, "shard": False, "checkpoint": False, **side.changes, "born": time.time()}
+    done = subprocess.run([*side.command, __file__, "--worker", side.worker, json.dumps(content)],
+                          capture_output=True, text=True)
+    if not done.returncode:
+        return json.loads(done.stdout.splitlines()[-1])
+    if side.worker != "trl":
+        sys.exit(f"{side.name} failed, status {done.returncode}:\n{done.stderr[-3000:]}")
+    errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    ended = f"ended by signal {-done.returncode} (14 is that of --timeout)"
+    why = ended if done.returncode < 0 else (errors or done.stderr.splitlines() or ["?"])[-1]
+    if "CUDA out of memory" in why and not content["checkpoint"]:
+        return spawn(side._replace(changes={**side.changes, "checkpoint": True}), job)
+    return {"failed": why}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The table
+# 3. The table, the picture, the command line
 
-def compare(job: dict, peers: list[str], rounds: int) -> list[dict]:
-    """All sides in turn, `rounds` times; a side's figure for each step is its median over the rounds."""
-    spawn("prepare", job)
-    runs, peaks = {}, []
+def compare(job: dict, sides: list[Side], rounds: int) -> list[dict]:
+    """All sides in turn, `rounds` times: a row for each; its figures of a step are medians over the rounds."""
+    spawn(Side("the pairs", "prepare", {}), job)
+    runs, peaks, rows = {side.name: [] for side in sides}, [], []
     for _ in range(rounds):
-        peaks.append(spawn("ceiling", job)["flops_s"])
-        for worker, *where in [("ours",), *(("trl", *peer.partition(":")[::2]) for peer in peers)]:
-            found = spawn(worker, job, *where)
-            runs.setdefault(found["name"], []).append(found)
-            print(f"    {found['name']:<12} {sum(found['steps_s']):7.2f} s   load {os.getloadavg()[0]:.1f}",
-                  file=sys.stderr)
-    top, (facts, *_), rows = statistics.median(peaks), runs["ours"], []
+        peaks.append(spawn(Side("the ceiling", "ceiling", {}), job)["flops_s"])
+        for side in sides:
+            if not any("failed" in run for run in runs[side.name]):
+                runs[side.name].append(found := spawn(side, job))
+                print(f"    {side.name:<18} {sum(found.get('steps_s', [])):7.2f} s   load {os.getloadavg()[0]:.1f}",
+                      file=sys.stderr)
+    top, facts, median = statistics.median(peaks), runs[sides[0].name][0], statistics.median
     for name, found in runs.items():
-        step, cpu = ([statistics.median(times) for times in zip(*(run[k] for run in found))]
-                     for k in ("steps_s", "cpu_s"))
-        losses = [run["losses"] for run in found]
-        gap = max(abs(a - b) for run in losses for a, b in zip(run, facts["losses"], strict=True))
-        rows.append({"name": name, "pairs_s": job["batch"] * len(step) / sum(step), "step_s": step, "cpu_s": mean(cpu),
-                     "tokens_s": sum(facts["tokens"][1:]) / sum(step), "mfu": sum(facts["flops"][1:]) / sum(step) / top,
-                     **{k: statistics.median(run[k] for run in found) for k in ("peak_mb", "idle_mb", "first_s")},
-                     "reference_s": statistics.median(run.get("reference_s", 0) for run in found),
-                     "loss_gap": gap, "losses": losses[0], "ceiling": top, "job": job,
-                     **{k: facts[k] for k in ("tokens", "computed", "scored")}})
+        rows.append({"name": name, "job": job, **found[-1]})
+        if "failed" not in rows[-1]:
+            step, cpu = ([median(times) for times in zip(*(run[k] for run in found))] for k in ("steps_s", "cpu_s"))
+            gaps = [abs(a - b) for run in found for a, b in zip(run["losses"], facts["losses"], strict=True)]
+            rows[-1].update(
+                pairs_s=job["batch"] * len(step) / sum(step), step_s=step, cpu_s=statistics.fmean(cpu), ceiling=top,
+                tokens_s=sum(facts["tokens"][1:]) / sum(step), mfu=sum(facts["flops"][1:]) / sum(step) / top,
+                loss_gap=max(gaps), **{k: median(run.get(k, 0) for run in found)
+                                       for k in ("peak_mb", "idle_mb", "first_s", "reference_s")})
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    job, ours, theirs = rows[0]["job"], rows[0], rows[1:]
-    said = [f"{title(job)}; ceiling {ours['ceiling'] / 1e9:,.0f} GFLOP/s; a step computes "
-            f"{mean(ours['computed']):,.0f} tokens, scores {mean(ours['scored']):,.0f}; "
-            f"ours needed {ours['reference_s']:.1f} s for the reference",
-            "    " + " " * 12 + "".join(f"{name:>14}" for name, _ in FIELDS.values())]
-    said += ["    " + f"{row['name']:<12}" + "".join(f"{row[key]:>14{form}}" for key, (_, form) in FIELDS.items())
-             for row in rows]
+    ours, theirs = rows[0], [row for row in rows if row["name"][:3] == "trl" and "failed" not in row]
+    laid, row, computed, scored = (ours[key] for key in ("positions", "row", "computed", "scored"))
+    said = [f"{title(ours['job'])}: {statistics.fmean(computed):,.0f} tokens, {statistics.fmean(scored):,.0f} scored; "
+            f"ceiling {ours['ceiling'] / 1e9:,.0f} GFLOP/s; ours needed {ours['reference_s']:.1f} s for the reference",
+            f"    rows of {row:,} are {laid / ours['rows'] / row:.0%} full, {1 - sum(computed) / laid:.1%} "
+            f"of it padding; right-padded batches of 4 pairs have {ours['right_padded'] / laid:.2f} times the positions"
+            + f"; {ours['graphs']} graphs compiled" * bool(ours["graphs"]),
+            " " * 22 + "".join(f"{name:>14}" for name, _ in FIELDS.values())]
+    said += [f"    {row['name']:<18}" + (f"  failed: {row['failed']}" if "failed" in row else "".join(
+        f"{row[key]:>14{form}}" for key, (_, form) in FIELDS.items()) + row.get("note", "")) for row in rows]
     if theirs:
         best = {k: pick(row[k] for row in theirs) for k, pick in (("pairs_s", max), ("peak_mb", min), ("first_s", min))}
         said.append(f"    against the best of TRL in each: {ours['pairs_s'] / best['pairs_s']:.1f} times the pairs/s, "
                     f"{ours['peak_mb'] / best['peak_mb']:.2f} of the memory, first step after "
                     f"{ours['first_s'] / best['first_s']:.2f} of the time")
+    if parts := ours["estimate"]:
+        said.append(f"    the trainer's estimate is {sum(parts.values()) / ours['peak_mb']:.2f} of the peak; in MB: "
+                    + ", ".join(f"{name} {size:,.0f}" for name, size in parts.items()))
+    spent = {kind: sum(ms for _, of, ms, _ in ours["operations"] if of == kind) for kind in KINDS}
+    if total := sum(spent.values()):
+        said += [f"    {ms:9.1f} ms {ms / total:6.1%} {calls:6} x  {kind:<17}{name[:60]}"
+                 for name, kind, ms, calls in ours["operations"][:15]]
+        said.append(f"    of {total:,.0f} ms: " + ", ".join(f"{kind} {ms / total:.1%}" for kind, ms in spent.items()))
     return "\n".join(said)
 
 
-def mean(values) -> float:
-    return sum(values) / len(values)
+def slopes(rows: list[dict]) -> str:
+    """For each vocabulary, the line of a step's memory against the tokens of its only row."""
+    said = []
+    for vocab, group in itertools.groupby(rows, lambda row: row["job"]["vocab"]):
+        x, *both = zip(*((max(row["computed"]), row["peak_mb"], sum(row["estimate"].values())) for row in group))
+        for what, y in zip(("measured", "estimated"), both):
+            slope, start = statistics.linear_regression(x, y)
+            off = max(abs(b - start - slope * a) for a, b in zip(x, y))
+            said.append(f"{vocab:,} words, {what}: {slope * 1024:.0f} KB a token, where vocabulary x 4 bytes would be "
+                        f"{vocab / 256:.0f} KB; {start:,.0f} MB at none; R^2 {statistics.correlation(x, y) ** 2:.5f}, "
+                        f"off the line by at most {off:.0f} MB")
+    return "\n".join(said)
 
 
 def title(job: dict) -> str:
@@ -320,72 +418,119 @@ def title(job: dict) -> str:
     return f"{Path(job['model']).name}, at most {job['length']} tokens{made}, {job['batch']} pairs a step"
 
 
-def draw(cells: list[list[dict]], path: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
+def draw_bars(cells: list[list[dict]], path: str) -> None:
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.5 * sum(map(len, cells))), sharey=True)
-    flat = [row for cell in cells for row in cell]
-    labels = [(title(row["job"]) + "\n") * (row["name"] == "ours") + row["name"] for row in flat]
-    names = list(dict.fromkeys(row["name"] for row in flat))
-    for axis, (key, what) in zip(axes, [("pairs_s", "pairs a second"), ("peak_mb", "peak MB above idle"),
-                                        ("first_s", "s until the first step's end")]):
-        axis.barh(range(len(flat)), [row[key] for row in flat], color=[f"C{names.index(row['name'])}" for row in flat])
-        axis.set(title=what, yticks=range(len(flat)), yticklabels=labels)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.5 * sum(map(len, cells))), sharey=True, layout="constrained")
+    labels = [(title(row["job"]) + "\n") * (row is cell[0]) + row["name"] for cell in cells for row in cell]
+    for axis, (key, what) in zip(axes, FIGURES.items()):
+        axis.barh(range(len(labels)), [row.get(key, 0) for cell in cells for row in cell],
+                  color=[f"C{i}" for cell in cells for i in range(len(cell))])
+        axis.set(title=what, yticks=range(len(labels)), yticklabels=labels)
         axis.invert_yaxis()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def main():
+def draw_lines(cells: list[list[dict]], path: str) -> None:
+    """A column for each factor, along which the others are as in the first cell."""
+    import matplotlib.pyplot as plt
+    base = cells[0][0]["job"]
+    figure, axes = plt.subplots(2, len(FACTORS), figsize=(12, 6), sharey="row", sharex="col", layout="constrained")
+    for column, (factor, (what, form)) in zip(axes.T, FACTORS.items()):
+        along = sorted((cell for cell in cells if all(cell[0]["job"][k] == base[k] for k in FACTORS if k != factor)),
+                       key=lambda cell: cell[0]["job"][factor])
+        for axis, (key, label) in zip(column, FIGURES.items()):
+            for i, row in enumerate(cells[0]):
+                y = [cell[i].get(key, float("nan")) for cell in along]
+                axis.plot(range(len(along)), y, "o-", color=f"C{i}", label=row["name"])
+                for x in (x for x, cell in enumerate(along) if "failed" in cell[i]):
+                    axis.text(x, 0.02 + 0.07 * i, "failed", color=f"C{i}", ha="center",
+                              transform=axis.get_xaxis_transform())
+            axis.set(yscale="log", xticks=range(len(along)), ylabel=label if column is axes.T[0] else None,
+                     xticklabels=[f"{cell[0]['job'][factor]:{form}}" for cell in along])
+            axis.grid(alpha=0.3)
+        column[1].set_xlabel(what)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--peer", nargs="*", help="PYTHON[:PYTHONPATH] with trl (default: this Python, if it has trl)")
+    add("--peer", nargs="*", default=[sys.executable] * bool(importlib.util.find_spec("trl")),
+        help="PYTHON[:PYTHONPATH] with trl (default: this Python, if it has trl)")
     add("--model", nargs="*", help="Hugging Face folders (default: a random Llama of each --vocab)")
+    add("--shape", choices=list(SHAPES), default="small", help="of that Llama")
     add("--data", help="JSON Lines of prompt, chosen, rejected, with --model (default: made up)")
-    add("--vocab", type=int, nargs="+", default=[32000])
-    add("--length", type=int, nargs="+", default=[512], help="tokens of prompt + response, at most")
-    add("--share", type=float, nargs="+", default=[0.5], help="of the prompt in it")
-    add("--batch", type=int, nargs="+", default=[4])
+    add("--vocab", type=int, nargs="+")
+    add("--length", type=int, nargs="+", help="tokens of prompt + response, at most")
+    add("--share", type=float, nargs="+", help="of the prompt in it")
+    add("--batch", type=int, nargs="+", help="pairs a step")
+    add("--sweep", action="store_true", help="change one of these four at a time from the first of each (else: all)")
+    add("--memory", action="store_true", help="ours only, all pairs of a step in one row: memory against tokens")
+    add("--profile", action="store_true", help="ours only: what the last step spends its time on")
+    add("--processes", type=int, nargs="+", help="ours under torchrun with so many, a thread each")
     add("--steps", type=int, default=6, help="the first is left out of the rates")
     add("--rounds", type=int, default=3)
-    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--dtype", choices=["float32", "bfloat16"])
     add("--lr", type=float, default=1e-4)
+    add("--row", type=int, help="tokens in a row of ours, --tokens-per-row of train.py")
+    add("--compile", action="store_true", help="ours with --compile of train.py")
     add("--cpu", action="store_true")
-    add("--liger", action="store_true", help="TRL with Liger's kernels")
+    add("--liger", action="store_true", help="TRL with Liger's kernels, too")
+    add("--limit-gb", type=float, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.75 / 2 ** 30,
+        help="what a process may take on a CPU (default: three quarters of the memory; 0: no limit)")
+    add("--timeout", type=int, default=1800, help="seconds for a process")
     add("--json", default="bench.json", help="where all figures go")
     add("--picture", help="where to draw them, such as figures/bench.png")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        name, job = args.worker
-        out, sys.stdout = sys.stdout, sys.stderr                    # the result is all that goes to standard output
-        print(json.dumps(WORKERS[name](json.loads(job))), file=out)
-        return
-    if args.peer is None:
-        args.peer = [sys.executable] if not subprocess.run([sys.executable, "-c", "import trl"],
-                                                           capture_output=True).returncode else []
+    grid = GRIDS["sweep" if args.sweep else "memory" if args.memory else "plain"]
+    for name, value in {**SHAPES[args.shape][1], **grid}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.data and not args.model:
         parser.error("--data needs --model, whose tokenizer reads it")
-    keys = ("steps", "dtype", "lr", "cpu", "liger", "data")
-    cells = []
+    if args.picture and not importlib.util.find_spec("matplotlib"):
+        parser.error("--picture: pip install matplotlib")
+    return args
+
+
+def all_jobs(args, work: str):
+    """A job for each combination of the four lists, or with --sweep for each that differs from the first in one."""
+    models = [(model, 0) for model in args.model or []] or [(f"{work}/llama-{v}", v) for v in args.vocab]
+    lists = models, args.length, args.share[:1] if args.data else args.share, args.batch
+    first = tuple(values[0] for values in lists)
+    swept = dict.fromkeys((*first[:i], v, *first[i + 1:]) for i, values in enumerate(lists) for v in values)
+    keys = "steps dtype lr cpu data shape row compile memory profile limit_gb timeout".split()
+    for (model, vocab), length, share, batch in swept if args.sweep else itertools.product(*lists):
+        yield {**{k: vars(args)[k] for k in keys}, "work": work, "model": str(Path(model).resolve()),
+               "vocab": vocab or json.loads(Path(model, "config.json").read_text())["vocab_size"],
+               "length": length, "share": share, "batch": batch}
+
+
+def main():
+    args = arguments()
+    if args.worker:
+        name, job = args.worker[0], json.loads(args.worker[1])
+        out, sys.stdout = sys.stdout, sys.stderr                    # the result is all that goes to standard output
+        signal.alarm(job["timeout"])
+        result = WORKERS[name](job)
+        if not int(os.environ.get("RANK", 0)):
+            print(json.dumps(result), file=out)
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sides, cells = all_sides(args), []
     with tempfile.TemporaryDirectory() as work:
-        models = [(model, 0) for model in args.model or []] or [(f"{work}/llama-{v}", v) for v in args.vocab]
-        for (model, vocab), length, share, batch in itertools.product(
-                models, args.length, args.share[:1] if args.data else args.share, args.batch):
-            job = {**{k: vars(args)[k] for k in keys}, "work": work, "model": str(Path(model).resolve()),
-                   "vocab": vocab or json.loads(Path(model, "config.json").read_text())["vocab_size"],
-                   "length": length, "share": share, "batch": batch}
-            cells.append(compare(job, args.peer, args.rounds))
+        for job in all_jobs(args, work):
+            cells.append(compare(job, sides, args.rounds))
             print(table(cells[-1]), flush=True)
             Path(args.json).write_text(json.dumps(cells, indent=1) + "\n")
+    rows = [row for cell in cells for row in cell]
+    if args.memory:
+        print(slopes(rows))
     if args.picture:
-        draw(cells, args.picture)
-    gap = max(row["loss_gap"] for cell in cells for row in cell)
+        (draw_lines if args.sweep else draw_bars)(cells, args.picture)
+    gap = max(row.get("loss_gap", 0) for row in rows)
     if gap > 1e-3 and args.dtype == "float32":
         sys.exit(f"the losses differ by up to {gap:.1e}")
 
