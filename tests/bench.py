@@ -179,15 +179,16 @@ def ours(job: dict) -> dict:
     if job["memory"]:
         import torch._dynamo  # AdamW loads it: part of the program, not of what the steps take
     clock = Clock(job, torch)
-    wanted = dict(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
-                  batch_size=job["batch"], steps=job["steps"], out=job["work"], reference=None, save_every=0,
-                  dtype=job["dtype"], device="cuda" if clock.cuda else "cpu", shard=job["shard"],
-                  compile=job["compile"], tokens_per_row=2 * job["batch"] * job["length"] if job["memory"] else job["row"])
-    cfg = train.Config(**{k: v for k, v in wanted.items() if k in train.Config.__dataclass_fields__})
+    cfg = train.Config(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
+                       batch_size=job["batch"], steps=job["steps"], out=job["work"], reference=None, save_every=0,
+                       dtype=job["dtype"], device="cuda" if clock.cuda else "cpu", shard=job["shard"],
+                       tokens_per_row=2 * job["batch"] * job["length"] if job["memory"] else job["row"])
     world = train.join_world(cfg)
     torch.manual_seed(cfg.seed)
     model = Transformer.from_pretrained(cfg.model, world.device,
                                         shard=(lambda model: train.share_out(model, world)) if cfg.shard else None)
+    if job["compile"]:
+        model.compile_blocks()
     encode, lines = encoder(Path(cfg.model)), Path(job["work"], "pairs.jsonl").read_text().splitlines()
     pairs = [Pair(*(np.array(ids, dtype=np.int32) for ids in encode(json.loads(line))), None, str(i))
              for i, line in enumerate(lines)]
@@ -254,9 +255,10 @@ def trl(job: dict) -> dict:
     import transformers
     import trl as library
     from datasets import load_dataset
+    known, base = library.DPOConfig.__dataclass_fields__, library.DPOTrainer      # (loaded now, before memory counts)
     clock, losses, bf16 = Clock(job, torch), [], job["dtype"] == "bfloat16"
 
-    class InOrder(library.DPOTrainer):
+    class InOrder(base):
         def _get_train_sampler(self, *args, **kwargs):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -277,7 +279,6 @@ def trl(job: dict) -> dict:
                   precompute_ref_log_probs=not (job["liger"] and hasattr(InOrder, "_compute_loss_liger")),
                   use_logits_to_keep=True, use_liger_kernel=job["liger"],
                   model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})
-    known = library.DPOConfig.__dataclass_fields__
     trainer = InOrder(model=job["model"], args=library.DPOConfig(**{k: v for k, v in wanted.items() if k in known}),
                       train_dataset=load_dataset("json", data_files=str(Path(job["work"], "ordered.jsonl")),
                                                  split="train"),
