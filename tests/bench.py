@@ -437,20 +437,21 @@ def draw_lines(cells: list[list[dict]], path: str) -> None:
     base = cells[0][0]["job"]
     figure, axes = plt.subplots(2, len(FACTORS), figsize=(12, 6), sharey="row", sharex="col", layout="constrained")
     for column, (factor, (what, form)) in zip(axes.T, FACTORS.items()):
-        along = sorted((cell for cell in cells if all(cell[0]["job"][k] == base[k] for k in FACTORS if k != factor)),
-                       key=lambda cell: cell[0]["job"][factor])
+        along = [cell for cell in cells if all(cell[0]["job"][k] == base[k] for k in FACTORS if k != factor)]
+        along.sort(key=lambda cell: cell[0]["job"][factor])
         for axis, (key, label) in zip(column, FIGURES.items()):
-            for i, row in enumerate(cells[0]):
-                y = [cell[i].get(key, float("nan")) for cell in along]
-                axis.plot(range(len(along)), y, "o-", color=f"C{i}", label=row["name"])
+            for i, side in enumerate(cells[0]):
+                axis.plot([cell[i].get(key, float("nan")) for cell in along], "o-", label=side["name"])
                 for x in (x for x, cell in enumerate(along) if "failed" in cell[i]):
-                    axis.text(x, 0.02 + 0.07 * i, "failed", color=f"C{i}", ha="center",
-                              transform=axis.get_xaxis_transform())
-            axis.set(yscale="log", xticks=range(len(along)), ylabel=label if column is axes.T[0] else None,
-                     xticklabels=[f"{cell[0]['job'][factor]:{form}}" for cell in along])
+                    axis.text(x, 0.02 + i / 16, "failed", c=f"C{i}", ha="center", transform=axis.get_xaxis_transform())
+            axis.set(yscale="log", xmargin=0.12, ylabel=label * (factor == "vocab"))
+            axis.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), minor_locator=plt.NullLocator(),
+                           major_formatter="{x:,g}")
             axis.grid(alpha=0.3)
-        column[1].set_xlabel(what)
-    axes[0, 0].legend()
+        values = [cell[0]["job"][factor] for cell in along]
+        column[1].set(xlabel=what, xticks=range(len(values)), xticklabels=[f"{value:{form}}" for value in values])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(cells[0]),
+                  title=f"{title(base)}; from there, one thing changes in each column")
     figure.savefig(path, dpi=120)
 
 
@@ -526,12 +527,11 @@ def main():
             cells.append(compare(job, sides, args.rounds))
             print(table(cells[-1]), flush=True)
             Path(args.json).write_text(json.dumps(cells, indent=1) + "\n")
-    rows = [row for cell in cells for row in cell]
     if args.memory:
-        print(slopes(rows))
+        print(slopes([row for cell in cells for row in cell]))
     if args.picture:
         (draw_lines if args.sweep else draw_bars)(cells, args.picture)
-    gap = max(row.get("loss_gap", 0) for row in rows)
+    gap = max(row.get("loss_gap", 0) for cell in cells for row in cell)
     if gap > 1e-3 and args.dtype == "float32":
         sys.exit(f"the losses differ by up to {gap:.1e}")
 
