@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +79,7 @@ def make_folder(folder: Path, vocab: int, shape: str) -> None:
     ).save_pretrained(folder)
 
 
-def make_pairs(count: int, length: int, share: float, vocab: int, spread: float) -> Iterator[dict]:
+def make_pairs(count: int, length: int, share: float, vocab: int, spread: float):
     """Pairs of length / spread to `length` tokens, of which the prompt is `share`."""
     draw = random.Random(0)
 
@@ -92,7 +91,7 @@ def make_pairs(count: int, length: int, share: float, vocab: int, spread: float)
         yield dict(zip(("prompt", "chosen", "rejected"), (words(prompt)[1:], *map(words, both))))
 
 
-def encoder(folder: Path) -> Callable[[dict], tuple]:
+def encoder(folder: Path):
     """pair -> token ids of prompt, chosen, rejected, as TRL has them of plain text: the end token is added to both
     responses, prompt and response are one text, the responses begin where one of them leaves the prompt's tokens."""
     from tokenizers import Tokenizer
@@ -338,8 +337,7 @@ def spawn(side: Side, job: dict) -> dict:
     if side.worker != "trl":
         sys.exit(f"{side.name} failed, status {done.returncode}:\n{done.stderr[-3000:]}")
     errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    ended = f"ended by signal {-done.returncode} (14 is that of --timeout)"
-    why = ended if done.returncode < 0 else (errors or done.stderr.splitlines() or ["?"])[-1]
+    why = (errors or done.stderr.splitlines() or [""])[-1] if done.returncode > 0 else f"signal {-done.returncode}"
     if "CUDA out of memory" in why and not content["checkpoint"]:
         return spawn(side._replace(changes={**side.changes, "checkpoint": True}), job)
     return {"failed": why}
@@ -481,7 +479,7 @@ def arguments():
     add("--liger", action="store_true", help="TRL with Liger's kernels, too")
     add("--limit-gb", type=float, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.75 / 2 ** 30,
         help="what a process may take on a CPU (default: three quarters of the memory; 0: no limit)")
-    add("--timeout", type=int, default=1800, help="seconds for a process")
+    add("--timeout", type=int, default=1800, help="seconds for a process; then signal 14 ends it")
     add("--json", default="bench.json", help="where all figures go")
     add("--picture", help="where to draw them, such as figures/bench.png")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -490,10 +488,12 @@ def arguments():
     for name, value in {**SHAPES[args.shape][1], **grid}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.data and not args.model:
-        parser.error("--data needs --model, whose tokenizer reads it")
-    if args.picture and not importlib.util.find_spec("matplotlib"):
-        parser.error("--picture: pip install matplotlib")
+    for wrong, what in ((args.data and not args.model, "--data needs --model, whose tokenizer reads it"),
+                        (args.picture and not importlib.util.find_spec("matplotlib"), "--picture needs matplotlib"),
+                        (args.steps < 2, "--steps must be 2 or more, the first is left out of the rates"),
+                        (args.memory and len(args.length) * len(args.batch) < 2, "--memory needs more of --batch")):
+        if wrong:
+            parser.error(what)
     return args
 
 
