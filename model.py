@@ -263,7 +263,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gq
 
 def attention_blocks(segments: Tensor, positions: Tensor, window: int | None = None) -> BlockMask:
     """What all tokens see, for flex_attention: it passes over blocks of scores of which none is seen, and asks `seen`
-    about those of which not all are.  From the least and greatest ids of each block; groups must lie in their order."""
+    about those of which not all are.  Found by the ends of each block: segment ids must rise along the row."""
     segments, positions, total, window = segments.int(), positions.int(), segments.size(1), window or 2 ** 30
     gone = positions - window                                        # (B, S) the last that is too far away
 
@@ -274,12 +274,11 @@ def attention_blocks(segments: Tensor, positions: Tensor, window: int | None = N
         return blocks.sum(-1)[:, None].int(), blocks.int().argsort(dim=-1, descending=True, stable=True)[:, None].int()
 
     ids = F.pad(torch.stack([segments, positions]), (0, -total % BLOCK), value=2 ** 30).unflatten(2, (-1, BLOCK))
-    (low, first), (high, last) = ids.amin(3), ids.amax(3)            # (B, N)
-    pure = (low == high)[:, :, None] & (low == high)[:, None]        # (B, N, N) one segment each
-    some = torch.where(pure, visible(low[:, :, None], low[:, None]),
-                       low[:, :, None] // BRANCHES <= high[:, None] // BRANCHES).tril()
-    some &= first[:, :, None] - last[:, None] < window
-    whole = (some & pure & (last[:, :, None] - first[:, None] < window)).tril(-1)
+    (low, first), (high, last) = ids.amin(3, keepdim=True), ids.amax(3, keepdim=True)         # (B, N, 1)
+    ends, start = high.mT, torch.maximum(low, high // BRANCHES * BRANCHES).mT                 # (B, 1, N) of keys
+    some = (visible(low, ends) | visible(low, start)) & (first - last.mT < window)           # (B, N, N)
+    whole = visible(low, ends) & visible(high, low.mT) & (low == high).mT & (last - first.mT < window)
+    some, whole = some.tril(-1) | torch.eye(ends.size(2), dtype=torch.bool, device=ends.device), whole.tril(-1)
     return BlockMask.from_kv_blocks(*listed(some & ~whole), *listed(whole), BLOCK, seen, (total, total))
 
 
@@ -348,13 +347,13 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)                                # (B, KV, past + T, D)
         y = attend(q, k, v, enable_gqa=self.grouped)                 # (B, H, T, D)
-        return self.after(x, y)                                      # (B, T, C)
+        return self.after(x, y.transpose(1, 2).flatten(2))           # (B, T, C)
 
     def before(self, x, rope):
         return self.attn(self.norm1(x), rope)
 
     def after(self, x, y):
-        y = x + self.attn.out(y.transpose(1, 2).flatten(2))          # (B, T, C)
+        y = x + self.attn.out(y)                                     # (B, T, C)
         return y + self.mlp(self.norm2(x if self.parallel else y))   # (B, T, C)
 
 

@@ -805,9 +805,9 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     if cfg.compile:
         try:
             model.compile_blocks()
-        except RuntimeError as error:
-            raise BadConfig(f"--compile: torch finds no C compiler that works, or no Triton: "
-                            f"{str(error).strip().splitlines()[0]}; install one, or go without") from None
+        except (RuntimeError, OSError) as error:
+            raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
+                            f"{' '.join(str(error).split()):.300}; install it, or go without") from None
     for note in model.notes:
         world.say(f"note        {note}")
     others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}
