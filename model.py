@@ -458,7 +458,8 @@ class Transformer(nn.Module):
         self.compiled = True
         torch._dynamo.config.optimize_ddp = False                   # these graphs are parts of blocks: no need to cut
         if device.type == "cuda" and self.config.head_dim >= 16:    # (its least)
-            self.flex = torch.compile(flex_attention, dynamic=True)
+            flex = torch.compile(flex_attention, dynamic=True)
+            self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})         # not that of texts below 128 tokens
         for block in self.blocks:
             block.before, block.after = (torch.compile(part, dynamic=True) for part in (block.before, block.after))
 
