@@ -577,10 +577,16 @@ def collate(groups: list[tuple[np.ndarray, ...]], device: str | torch.device = "
             at += max(0, len(ids) - 1)
 
     def tensor(parts):
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
-    length = torch.tensor([[len(ids) for ids in responses] for _, *responses in groups], device=device)
+        return send(np.concatenate(parts), device)
     return Rows(tensor(tokens)[None], tensor(positions)[None], tensor(segments)[None],
-                tensor(source), tensor(target), tensor(owner), length)
+                tensor(source), tensor(target), tensor(owner),
+                send([[len(ids) for ids in responses] for _, *responses in groups], device))
+
+
+def send(values, device: str | torch.device) -> Tensor:
+    """Integers as a tensor on the device; the program goes on while a GPU fetches them, from pinned memory."""
+    tensor = torch.as_tensor(values, dtype=torch.int64)
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

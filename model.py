@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -215,6 +216,7 @@ ONLY = {                                # settings of config.json of which this 
 # 3. The transformer
 
 TILE = 512         # queries of one call of attention on a CPU
+BLOCK = 128        # queries, and keys, that flex_attention passes over or takes together
 CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
@@ -249,6 +251,37 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
     return tiles
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gqa: bool = False) -> Tensor:
+    """Attention of q, (B, H, T, D), to k and v, (B, KV, S, D), tile by tile; without tiles to all earlier tokens."""
+    causal = tiles is None and q.size(2) > 1                         # one new token sees all that is cached
+    tiles = tiles or [(q.size(2), slice(None), None)]
+    y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
+                                        enable_gqa=enable_gqa)
+         for part, (_, keys, mask) in zip(q.split([count for count, _, _ in tiles], 2), tiles)]
+    return torch.cat(y, 2) if y[1:] else y[0]                        # (B, H, T, D)
+
+
+def attention_blocks(segments: Tensor, positions: Tensor, window: int | None = None) -> BlockMask:
+    """What all tokens see, for flex_attention: it passes over blocks of scores of which none is seen, and asks `seen`
+    about those of which not all are.  Found by the ends of each block: segment ids must rise along the row."""
+    segments, positions, total, window = segments.int(), positions.int(), segments.size(1), window or 2 ** 30
+    gone = positions - window                                        # (B, S) the last that is too far away
+
+    def seen(b, _, q, k):
+        return visible(segments[b, q], segments[b, k]) & (k <= q) & (positions[b, k] > gone[b, q])
+
+    def listed(blocks):                                              # how many keys' (B, 1, N), and which (B, 1, N, N)
+        return blocks.sum(-1)[:, None].int(), blocks.int().argsort(dim=-1, descending=True, stable=True)[:, None].int()
+
+    ids = F.pad(torch.stack([segments, positions]), (0, -total % BLOCK), value=2 ** 30).unflatten(2, (-1, BLOCK))
+    (low, first), (high, last) = ids.amin(3, keepdim=True), ids.amax(3, keepdim=True)         # (B, N, 1)
+    ends, start = high.mT, torch.maximum(low, high // BRANCHES * BRANCHES).mT                 # (B, 1, N) of keys
+    some = (visible(low, ends) | visible(low, start)) & (first - last.mT < window)           # (B, N, N)
+    whole = visible(low, ends) & visible(high, low.mT) & (low == high).mT & (last - first.mT < window)
+    some, whole = some.tril(-1) | torch.eye(ends.size(2), dtype=torch.bool, device=ends.device), whole.tril(-1)
+    return BlockMask.from_kv_blocks(*listed(some & ~whole), *listed(whole), BLOCK, seen, (total, total))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions; the halves of what turns are the two coordinates (Hugging Face's layout)."""
     half = cos.size(-1)                                              # R/2
@@ -273,29 +306,20 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
-        self.grouped = c.kv_heads != c.heads
         self.q = nn.Linear(c.dim, c.heads * c.head_dim, bias=c.qkv_bias)
         self.k = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, tiles, cache):
+    def forward(self, x, rope):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
         if self.q_norm is not None:                                  # in float32 under autocast, like the other norms
             q, k = (f(x.to(f.weight.dtype)).to(v.dtype) for f, x in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(k, v)                                # (B, KV, past + T, D)
-        causal = tiles is None and q.size(2) > 1                     # one new token sees all that is cached
-        tiles = tiles or [(q.size(2), slice(None), None)]
-        y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
-                                            enable_gqa=self.grouped)
-             for part, (_, keys, mask) in zip(q.split([count for count, _, _ in tiles], 2), tiles)]
-        y = torch.cat(y, 2) if y[1:] else y[0]                       # (B, H, T, D)
-        return self.out(y.transpose(1, 2).flatten(2))                # (B, T, C)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -316,10 +340,20 @@ class Block(nn.Module):
         norm = nn.RMSNorm if c.rms else nn.LayerNorm
         self.norm1, self.attn = norm(c.dim, eps=c.eps), Attention(c)
         self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
-        self.parallel = c.parallel
+        self.parallel, self.grouped = c.parallel, c.kv_heads != c.heads
 
-    def forward(self, x, rope, tiles, cache=None):
-        y = x + self.attn(self.norm1(x), rope, tiles, cache)         # (B, T, C)
+    def forward(self, x, rope, attend, cache=None):
+        q, k, v = self.before(x, rope)                               # (B, H, T, D), k and v (B, KV, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)                                # (B, KV, past + T, D)
+        y = attend(q, k, v, enable_gqa=self.grouped)                 # (B, H, T, D)
+        return self.after(x, y.transpose(1, 2).flatten(2))           # (B, T, C)
+
+    def before(self, x, rope):
+        return self.attn(self.norm1(x), rope)
+
+    def after(self, x, y):
+        y = x + self.attn.out(y)                                     # (B, T, C)
         return y + self.mlp(self.norm2(x if self.parallel else y))   # (B, T, C)
 
 
@@ -382,6 +416,7 @@ class Transformer(nn.Module):
         self.config = config
         self.chunk = None                                            # logits at a time, see forward
         self.checkpointed = False                                    # keep of a block only what goes in
+        self.compiled, self.flex = False, None                       # see compile_blocks
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -403,17 +438,30 @@ class Transformer(nn.Module):
             x = x + self.position(at)                                # (B, T, C)
         else:
             rope = self._rotations(at)                               # cos and sin, (B, 1, T, R/2)
-        far = near = None                                            # None: all earlier tokens
-        if segments is not None:
-            far = near = attention_tiles(segments, positions, new, dtype)
+        def seeing(segments, window=None):
+            if self.flex and caches is None:
+                return partial(self.flex, block_mask=attention_blocks(segments, positions, window))
+            return partial(attend, tiles=attention_tiles(segments, positions, new, dtype, window))
+        far = near = attend if segments is None else seeing(segments)
         if sliding and positions.size(1) > window:
-            one = torch.zeros_like(positions) if segments is None else segments
-            near = attention_tiles(one, positions, new, dtype, window)
+            near = seeing(torch.zeros_like(positions) if segments is None else segments, window)
         again = self.checkpointed and torch.is_grad_enabled()
         for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks))):
             call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
             x = call(x, rope, near if i in sliding else far, cache)                                # (B, T, C)
         return self.norm(x)
+
+    def compile_blocks(self) -> None:
+        """Compile blocks, one code for all of them, and on a GPU flex_attention.  RuntimeError where torch cannot."""
+        device = self.embed.weight.device
+        torch.compile(torch.square)(torch.ones(2, device=device))   # what is missing is missed here
+        self.compiled = True
+        torch._dynamo.config.optimize_ddp = False                   # these graphs are parts of blocks: no need to cut
+        if device.type == "cuda" and self.config.head_dim >= 16:    # (its least)
+            flex = torch.compile(flex_attention, dynamic=True)
+            self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})         # not that of texts below 128 tokens
+        for block in self.blocks:
+            block.before, block.after = (torch.compile(part, dynamic=True) for part in (block.before, block.after))
 
     def precision(self, device: torch.device) -> torch.dtype:
         """What matrices are multiplied in."""

@@ -54,6 +54,7 @@ from data import (
     load_pairs,
     lock,
     read_reference,
+    send,
     write_jsonl,
     write_reference,
 )
@@ -113,6 +114,7 @@ class Config:
                                   "1024, or what the model was made for)")
     tokens_per_row: int | None = flag(None, "tokens in memory at once (default: 16384 on a GPU, 2048 on a CPU)")
     checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory a token")
+    compile: bool = flag(False, "compile the model's blocks (needs a C compiler), and use flex_attention on a GPU")
     max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error")
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
     eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
@@ -313,7 +315,8 @@ def exchange(policy, world: World, now: bool):
 
 def fingerprint(model: Transformer, world: World) -> str:
     """A hash of all weights and of how they are computed with."""
-    digest = hashlib.sha256(f"{world.device.type} {world.dtype} {model.config}".encode())
+    how = f"{world.device.type} {world.dtype} {model.config}" + " compiled" * model.compiled
+    digest = hashlib.sha256(how.encode())
     for name, _ in model.named_parameters():
         if not name.endswith((".A", ".B")):                          # LoRA's: they change nothing yet
             digest.update(name.encode())
@@ -460,10 +463,10 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
 
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
     """The policy's scores of one row of pairs against the reference's: what training and evaluation both do."""
-    row = collate([part.pairs[i][:3] for i in indices], world.device)
+    row, at = collate([part.pairs[i][:3] for i in indices], world.device), send(indices, world.device)
     with world.autocast():
         logp, _ = policy(*row.inputs())
-    return mallowspo.objective(method, row.total(logp), part.ref_logp[indices], row.length, part.weight[indices])
+    return mallowspo.objective(method, row.total(logp), part.ref_logp[at], row.length, part.weight[at])
 
 
 def sums(outcome: Outcome) -> Tensor:
@@ -733,8 +736,8 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
     Sums are divided by the number of pairs on all ranks, so neither GPUs nor rows change the step.
     """
     batch, rows = part.schedule.batch(step), part.schedule.rows(step, world.rank, world.size)
-    n = len(Outcome._fields)
-    total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
+    n, outcomes = len(Outcome._fields), []
+    places = send([n + 1 + batch.index(i) for row in rows for i in row], world.device)       # in `total` below
     for i, row in enumerate(rows):
         with exchange(policy, world, now=i + 1 == len(rows)):
             # --- the method: everything else in this loop is bookkeeping ------------------------------------
@@ -743,11 +746,14 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
             loss = counts * outcome.loss.sum() / len(batch)
             # ------------------------------------------------------------------------------------------------
             scaler.scale(loss * world.size).backward()             # DDP takes the mean over ranks, we want the sum
-        total[:n] += counts * sums(outcome)
-        total[[n + 1 + batch.index(i) for i in row]] = (~torch.isfinite(outcome.loss))[:len(row)].float()
-    total[n] = bool(signals)                                       # all ranks stop after the same step
-    means, (stop, *bad) = (world.total(total)[:n] / len(batch)).tolist(), total[n:].tolist()
-    return dict(zip(Outcome._fields, means)), [i for i, x in zip(batch, bad) if x], bool(stop)
+        outcomes.append(torch.stack(outcome).detach()[:, :len(row)])
+    outcomes = torch.cat(outcomes, 1)                              # (n, pairs of this rank)
+    total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
+    total[:n], total[n] = outcomes.sum(1), bool(signals)           # all ranks stop after the same step
+    total[places] = (~torch.isfinite(outcomes[0])).float()
+    values = world.total(total).tolist()                           # until here nothing has waited for a GPU
+    means = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
+    return means, [i for i, x in zip(batch, values[n + 1:]) if x], bool(values[n])
 
 
 def loss_at_start(method: Method, part: Part) -> float:
@@ -796,6 +802,12 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
+    if cfg.compile:
+        try:
+            model.compile_blocks()
+        except (RuntimeError, OSError) as error:
+            raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
+                            f"{' '.join(str(error).split()):.300}; install it, or go without") from None
     for note in model.notes:
         world.say(f"note        {note}")
     others = {p.name for p in out.glob("model*.safetensors")} - {file for file, _ in model.origin.tensors.values()}

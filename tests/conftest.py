@@ -8,6 +8,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+if not any("test_cuda" in word for word in sys.argv):         # the other tests are of the CPU, where there is a GPU too
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 import torch
 import transformers
