@@ -10,6 +10,7 @@ logits of more than a chunk of them.
 """
 import argparse
 import importlib
+import itertools
 import json
 import os
 import re
@@ -217,7 +218,8 @@ ONLY = {                                # settings of config.json of which this 
 
 TILE = 512         # queries of one call of attention on a CPU
 BLOCK = 128        # queries, and keys, that flex_attention passes over or takes together
-CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
+CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
+KEPT = 2 ** 24     # logits that are kept for the backward pass
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
 
@@ -254,10 +256,14 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gqa: bool = False) -> Tensor:
     """Attention of q, (B, H, T, D), to k and v, (B, KV, S, D), tile by tile; without tiles to all earlier tokens."""
     causal = tiles is None and q.size(2) > 1                         # one new token sees all that is cached
-    tiles = tiles or [(q.size(2), slice(None), None)]
-    y = [F.scaled_dot_product_attention(part, k[:, :, keys], v[:, :, keys], mask, is_causal=causal,
-                                        enable_gqa=enable_gqa)
-         for part, (_, keys, mask) in zip(q.split([count for count, _, _ in tiles], 2), tiles)]
+    counts, spans, masks = zip(*(tiles or [(q.size(2), slice(0, k.size(2)), None)]))
+    ends = [0, *(span.stop for span in spans)]
+    if ends == [*(span.start for span in spans), k.size(2)]:         # side by side: a split is cheaper to differentiate
+        ks, vs = (x.split([b - a for a, b in itertools.pairwise(ends)], 2) for x in (k, v))
+    else:
+        ks, vs = ([x[:, :, span] for span in spans] for x in (k, v))
+    y = [F.scaled_dot_product_attention(*each, is_causal=causal, enable_gqa=enable_gqa)
+         for each in zip(q.split(counts, 2), ks, vs, masks)]
     return torch.cat(y, 2) if y[1:] else y[0]                        # (B, H, T, D)
 
 
@@ -359,19 +365,25 @@ class Block(nn.Module):
 
 class Head(torch.autograd.Function):
     """Log-probability of each scored token, and the entropy there (which carries no gradient), `width` words of the
-    vocabulary at a time.  The backward pass makes the logits again, and writes each weight's gradient once, in place:
-    no more than a slice of the logits is ever in memory."""
+    vocabulary at a time.  The backward pass makes the logits again, but for the first KEPT of them, and writes each
+    weight's gradient once, in place: no more than these and a slice of the logits is ever in memory."""
 
     @staticmethod
     def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
         log_z = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))    # (N,)
         mean = torch.zeros_like(log_z)                               # (N,) expected logit, of the words so far
+        ctx.kept, room = [], KEPT if any(ctx.needs_input_grad) else 0
         for w in weight.split(width):
             logits = F.linear(x, w).to(log_z.dtype)                  # (N, width)
-            before, log_z = log_z, torch.logaddexp(log_z, logits.logsumexp(-1))
+            top = logits.amax(-1)                                    # (N,)
+            p = logits.sub_(top[:, None]).exp() if entropy else logits.sub_(top[:, None]).exp_()    # over exp(top)
+            mass = p.sum(-1)                                         # (N,)
+            before, log_z = log_z, torch.logaddexp(log_z, top + mass.log())
             if entropy:
-                inside = (logits - log_z[:, None]).exp_().mul_(logits).sum(-1)
-                mean = mean * (before - log_z).exp() + inside
+                inside = (p * logits).sum(-1) + mass * top
+                mean = mean * (before - log_z).exp() + inside * (top - log_z).exp()
+            room -= p.numel()
+            ctx.kept += [(p, top)] * (room >= 0)
         ctx.save_for_backward(x, weight, target, log_z)
         ctx.width, entropies = width, log_z - mean if entropy else None
         ctx.mark_non_differentiable(*[entropies] * entropy)
@@ -381,17 +393,18 @@ class Head(torch.autograd.Function):
     def backward(ctx, up, _):
         x, weight, target, log_z = ctx.saved_tensors
         up = up[:, None]                                             # (N, 1)
-        down = (x * -up).to(x.dtype)                                 # (N, C)
+        down = x * -up                                               # (N, C)
         dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), sums of many slices: in float32
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for at in range(0, len(weight), ctx.width):
+        for at, kept in itertools.zip_longest(range(0, len(weight), ctx.width), ctx.kept):
             w = weight[at:at + ctx.width]                            # (width, C)
-            p = F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_().to(x.dtype)        # (N, width)
-            dx = dx.addmm_(p, w) if dx.dtype == p.dtype else dx.add_(p @ w)
+            p, top = kept or (F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_(), log_z)     # (N, width), (N,)
+            p, share = p.to(x.dtype), (top - log_z).exp()[:, None]   # share * p: the probabilities
+            dx += share * (p @ w)
             if dw is not None:
-                torch.mm(p.t(), down, out=dw[at:at + ctx.width])
+                torch.mm(p.t(), (share * down).to(x.dtype), out=dw[at:at + ctx.width])
         if dw is not None:
-            dw.index_add_(0, target, down, alpha=-1)
+            dw.index_add_(0, target, down.to(x.dtype), alpha=-1)
         return (up * (weight[target] - dx)).to(x.dtype), dw, None, None, None
 
 
@@ -417,8 +430,9 @@ class Transformer(nn.Module):
         self.chunk = None                                            # logits at a time, see forward
         self.checkpointed = False                                    # keep of a block only what goes in
         self.compiled, self.flex = False, None                       # see compile_blocks
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.position = nn.Embedding(config.positions, config.dim) if config.rope is None else None
+        table = partial(nn.Embedding.from_pretrained, freeze=False)  # (nn.Embedding(...) would draw numbers: 1 s)
+        self.embed = table(torch.empty(config.vocab_size, config.dim))
+        self.position = table(torch.empty(config.positions, config.dim)) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = (nn.RMSNorm if config.rms else nn.LayerNorm)(config.dim, eps=config.eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -749,7 +763,7 @@ class Origin(NamedTuple):
     metadata: dict[str, dict]                     # of each safetensors file
 
 
-KEPT = (".json", ".jinja", ".model", ".txt")      # files beside the weights that belong to a model
+FILES = (".json", ".jinja", ".model", ".txt")      # files beside the weights that belong to a model
 LONGEST = 1 << 26                                 # bytes of such a file
 DROPOUTS = "attn_pdrop resid_pdrop embd_pdrop attention_dropout hidden_dropout".split()
 
@@ -824,7 +838,7 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
     home = home.parents[1] if home.parent.name == "snapshots" else home                 # links in the hub's cache
     there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     for name, path in there.items():
-        if path.suffix in (*KEPT, ".safetensors") and not path.resolve().is_relative_to(home):
+        if path.suffix in (*FILES, ".safetensors") and not path.resolve().is_relative_to(home):
             raise BadModel(f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
         if name in ("generation_config.json", index.name):
             read_json(path)
@@ -844,7 +858,7 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
         if name not in there or not name.endswith(".safetensors"):
             raise BadModel(f"{index}: names the file {name!r:.300}, which is no safetensors file in {folder}")
     files = {name: path.read_bytes() for name, path in there.items()
-             if path.suffix in KEPT and path.stat().st_size <= LONGEST}
+             if path.suffix in FILES and path.stat().st_size <= LONGEST}
     bytes_there = sum((folder / name).stat().st_size for name in names)
     weights = config.dim * (config.vocab_size + (config.rope is None) * config.positions
                             + config.layers * 2 * (config.heads * config.head_dim + config.hidden))
