@@ -9,6 +9,7 @@ the dispersion index; no second model is in memory.  Read `fit` for the job, `tr
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -59,7 +60,7 @@ from data import (
     write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
-from model import CHUNK, TARGETS, BadModel, Transformer, add_lora, fsync, full, put, read_json, save_adapter
+from model import CHUNK, KEPT, TARGETS, BadModel, Transformer, add_lora, fsync, full, put, read_json, save_adapter
 
 
 class BadConfig(ValueError):
@@ -266,6 +267,17 @@ class World(NamedTuple):
         return result[0]
 
 
+def keep_freed_memory() -> None:
+    """Let the C library of Linux keep what is freed: else it returns large tensors to the kernel and fetches them again
+    in every step, page by page, a tenth of a step's time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):                   # another C library
+        return
+    mallopt(-4, 0)                                                 # M_MMAP_MAX: nothing apart from the heap
+    mallopt(-1, -1)                                                # M_TRIM_THRESHOLD: never given back
+
+
 def join_world(cfg: Config) -> World:
     """This process's place among those that torchrun started, if it did."""
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
@@ -274,6 +286,8 @@ def join_world(cfg: Config) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     best = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if cuda else "float32"
     dtype = DTYPES[best if cfg.dtype == "auto" else cfg.dtype]
     if dtype == torch.float16 and not cuda:
@@ -446,19 +460,26 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     """Bytes that the steps will take in each process, beside the program itself; measured on the first pair, from which
     activations grow with the tokens of a row."""
-    pair = part.pairs[0]
-    one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
+    pair, asked = part.pairs[0], model.checkpointed
     rows = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
-    longest = max(sum(part.schedule.costs[i] for i in row) for each in rows for row in each)
+    longest = max((row for each in rows for row in each), key=lambda row: sum(part.schedule.costs[i] for i in row))
+    tokens = sum(part.schedule.costs[i] for i in longest)
+    scored = sum(len(part.pairs[i].chosen) + len(part.pairs[i].rejected) for i in longest)
+
+    def activations(checkpointed):
+        model.checkpointed = checkpointed
+        one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
+        return one + (two - one) * (tokens - pair.cost()) // pair.cost()
+    block = activations(False) // model.config.layers              # whose gradients the backward pass holds beside
     own = world.size if world.shard else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     table = model.head.weight
     return {"parameters": sum(p.numel() * p.itemsize for p in model.parameters()) // own,
             "gradients": sum(p.numel() * p.itemsize for p in trained) // own,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
-            "activations": one + (two - one) * (longest - pair.cost()) // pair.cost(),
-            "head": 12 * max(CHUNK[world.device.type], 256 * longest)          # the gradient of a row's own, if several
-            + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}
+            "activations": activations(asked) + block,
+            "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))
+            + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}    # of a row alone
 
 
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
@@ -486,7 +507,41 @@ def evaluate(model: Transformer, method: Method, part: Part, world: World) -> di
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. Checkpoints: OUT/checkpoint/step-N holds all that the steps change
+# 5. The optimiser
+
+class AdamW:
+    """AdamW without decay of weights, by torch's kernel (torch.optim's class would import a compiler: a second).
+
+    Weights in bfloat16 take each step in float32 and are rounded up or down at random, in proportion: rounded to the
+    nearest, 99 in 100 do not move at a learning rate of 5e-7; so, they do on average.  The noise follows from the
+    number of the step alone.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float):
+        self.param_groups = [{"params": params, "lr": lr}]           # where a GradScaler looks for gradients
+        self.state = {p: {"step": torch.zeros((), device=p.device),
+                          "exp_avg": torch.zeros_like(p, dtype=torch.float32, requires_grad=False),
+                          "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32, requires_grad=False)} for p in params}
+
+    @torch.no_grad()
+    def step(self, shrink: Tensor) -> None:
+        """One step with the gradients divided by `shrink` (), which clips them in passing; then they are gone."""
+        [group], generator = self.param_groups, None
+        exact = all(p.dtype == torch.float32 for p in group["params"])
+        for params in [group["params"]] if exact else [[p] for p in group["params"]]:     # one float32 copy at a time
+            values, grads = ([x.float() for x in xs] for xs in (params, [p.grad for p in params]))
+            kept = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
+            adamw(values, grads, *kept[:2], [], kept[2], fused=True, grad_scale=shrink, lr=group["lr"], beta1=0.9,
+                  beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+            for p, value in zip(params, values):
+                if p.dtype == torch.bfloat16:                        # which is the upper half of float32
+                    generator = generator or torch.Generator(p.device).manual_seed(int(self.state[p]["step"]))
+                    noise = torch.randint(1 << 16, p.shape, generator=generator, device=p.device, dtype=torch.int32)
+                    p.copy_(((value.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints: OUT/checkpoint/step-N holds all that the steps change
 
 SCORES_SECONDS, SAVE_SECONDS = 120, 1800        # between writes of the reference's scores; of checkpoints, by default
 IN_A_ROW = 10                                   # so many steps that are not finite are not skipped
@@ -509,7 +564,7 @@ def checkpoint_size(cfg: Config, model: Transformer) -> int:
                for p in model.parameters())
 
 
-def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: torch.optim.Optimizer,
+def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: AdamW,
                     world: World) -> None:
     """The model's folder, in state.safetensors the weights as trained and what AdamW keeps of each, `state` as JSON.
 
@@ -548,7 +603,7 @@ def remove(folders: list[Path]) -> None:
         shutil.rmtree(folder.parent / "new")
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(folder: Path, model: Transformer, optimizer: AdamW) -> None:
     places = dict(model.named_parameters())
     with safe_open(folder / "state.safetensors", "pt") as file:
         for key in file.keys():                                    # noqa: SIM118 (it is not a dict)
@@ -628,32 +683,7 @@ def deferred_signals():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. The loop
-
-class RoundedAdamW(torch.optim.AdamW):
-    """AdamW that takes each step in float32 and rounds bfloat16 weights up or down at random, in proportion.
-
-    Rounded to the nearest, 99 in 100 of such weights do not move at a learning rate of 5e-7; so, they do on average.
-    The noise follows from the number of the step alone.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        generator = None
-        for p in group["params"]:
-            exact, state = p.float(), self.state[p]                  # (float32 weights are stepped in place)
-            if not state:
-                state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(exact),
-                             exp_avg_sq=torch.zeros_like(exact))
-            generator = generator or torch.Generator(p.device).manual_seed(int(state["step"]))
-            adamw([exact], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True,
-                  beta1=group["betas"][0], beta2=group["betas"][1], **settings)
-            if p.dtype == torch.bfloat16:                            # bfloat16 is the upper half of float32
-                noise = torch.randint(1 << 16, p.shape, generator=generator, device=p.device, dtype=torch.int32)
-                p.copy_(((exact.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
-
+# 7. The loop
 
 def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, state: dict, signals: list,
           metrics, evaluations, on_step=None) -> None:
@@ -663,8 +693,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
     policy = DistributedDataParallel(model, gradient_as_bucket_view=True, **ddp) \
         if world.size > 1 and not world.shard else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (RoundedAdamW if cfg.param_dtype == "bfloat16" else torch.optim.AdamW)(
-        trained, lr=cfg.lr, weight_decay=0.0, fused=True)
+    optimizer = AdamW(trained, cfg.lr)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     out, saved = Path(cfg.out), time.perf_counter()
     start = saved - state["seconds"]
@@ -687,17 +716,17 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
                       f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
-        norm = full(torch.nn.utils.clip_grad_norm_(trained, cfg.clip)).item()
+        norm = full(torch.nn.utils.get_total_norm([p.grad for p in trained]))
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, part.steps)
-        if bad or (not math.isfinite(norm) and scaler.get_scale() <= 1):   # above 1 it is float16's, and the scaler's
+        if bad or (not math.isfinite(norm.item()) and scaler.get_scale() <= 1):   # above 1 it is float16's doing
             world.say(skip(cfg, part, step, bad, state["skipped"]))
         else:
-            scaler.step(optimizer)
+            scaler.step(optimizer, ((norm + 1e-6) / cfg.clip).clamp(min=1))
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
 
         now, batch = time.perf_counter(), part.schedule.batch(step)
-        row = {"step": step, **means, "lr": lr, "grad_norm": norm, "weight": part.weight[batch].mean().item(),
+        row = {"step": step, **means, "lr": lr, "grad_norm": norm.item(), "weight": part.weight[batch].mean().item(),
                "pairs_per_second": len(batch) / (now - began),
                "tokens_per_second": sum(part.schedule.costs[i] for i in batch) / (now - began),
                "memory_gib": peak_memory(world), "seconds": now - start}
@@ -789,7 +818,7 @@ def progress(row: dict, steps: int, preferences: bool) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. The job
+# 8. The job
 
 def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     """Everything from a folder and a file to a trained folder."""
@@ -1040,7 +1069,7 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 8. The demo: a population whose dispersion is known
+# 9. The demo: a population whose dispersion is known
 
 DEMO = {"lr": 8e-4, "steps": 220, "batch_size": 128, "log_every": 100, "max_tokens": 64, "tokens_per_row": 1024,
         "samples": 3, "sample_tokens": 8, "save_every": 0}
@@ -1131,7 +1160,7 @@ def report(out: Path, population: Population, methods: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 
 def main(argv: list[str] | None = None) -> None:
     def interrupt(number, frame):

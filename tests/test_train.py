@@ -358,19 +358,18 @@ def test_bfloat16_weights_move_at_small_rates():
     on average, rounding to the nearest leaves nearly all where they were."""
     start = (torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     found = {}
-    for kind, dtype in ((torch.optim.AdamW, torch.float32), (torch.optim.AdamW, torch.bfloat16),
-                        (train.RoundedAdamW, torch.bfloat16), (train.RoundedAdamW, torch.float32)):
-        p = torch.nn.Parameter(start.to(dtype, copy=True))
-        optimizer = kind([p], lr=5e-7, weight_decay=0.0, fused=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        p, q = (torch.nn.Parameter(start.to(dtype, copy=True)) for _ in range(2))
+        theirs, ours = torch.optim.AdamW([p], lr=5e-7, weight_decay=0.0, fused=True), train.AdamW([q], 5e-7)
         for _ in range(100):
-            p.grad = torch.ones_like(p)
-            optimizer.step()
-        found[kind.__name__, dtype] = p.detach().float() - start.float()
-    want = found["AdamW", torch.float32]
-    rounded = found["RoundedAdamW", torch.bfloat16]
-    assert (found["AdamW", torch.bfloat16] == 0).float().mean() > 0.9
+            p.grad, q.grad = torch.ones_like(p), torch.full_like(q, 4)
+            theirs.step()
+            ours.step(torch.tensor(4.0))
+        found["theirs", dtype], found["ours", dtype] = (x.detach().float() - start.float() for x in (p, q))
+    want, rounded = found["theirs", torch.float32], found["ours", torch.bfloat16]
+    assert (found["theirs", torch.bfloat16] == 0).float().mean() > 0.9
     assert abs(rounded.mean() - want.mean()) < 4 * rounded.std() / len(rounded) ** 0.5 and want.mean() < -4.9e-5
-    assert torch.allclose(found["RoundedAdamW", torch.float32], want, atol=1e-9)
+    assert torch.allclose(found["ours", torch.float32], want, atol=1e-9)
 
 
 def test_the_estimate_of_memory(make_model, pairs):
@@ -385,7 +384,7 @@ def test_the_estimate_of_memory(make_model, pairs):
     row = max((row for s in part.first_epoch() for row in part.schedule.rows(s)),
               key=lambda row: sum(part.schedule.costs[i] for i in row))
     whole = train.kept(model, [part.pairs[i][:3] for i in row], world)
-    assert sizes["activations"] == pytest.approx(whole, rel=0.15)
+    assert sizes["activations"] == pytest.approx(whole * (1 + 1 / model.config.layers), rel=0.15)    # and a block's
     model.checkpointed = True
     assert train.memory(model, part, world)["activations"] < 0.5 * sizes["activations"]
 
