@@ -175,8 +175,6 @@ def ours(job: dict) -> dict:
     import train
     from data import Pair
     from model import Transformer
-    if job["memory"]:
-        import torch._dynamo  # AdamW loads it: part of the program, not of what the steps take
     clock = Clock(job, torch)
     cfg = train.Config(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
                        batch_size=job["batch"], steps=job["steps"], out=job["work"], reference=None, save_every=0,
