@@ -470,14 +470,16 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
         model.checkpointed = checkpointed
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
         return one + (two - one) * (tokens - pair.cost()) // pair.cost()
-    block = activations(False) // model.config.layers              # whose gradients the backward pass holds beside
+    plain = activations(False)
+    held = activations(True) if asked else plain
+    block = plain // model.config.layers                           # whose gradients the backward pass holds beside
     own = world.size if world.shard else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     table = model.head.weight
     return {"parameters": sum(p.numel() * p.itemsize for p in model.parameters()) // own,
             "gradients": sum(p.numel() * p.itemsize for p in trained) // own,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
-            "activations": activations(asked) + block,
+            "activations": held + block,
             "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))
             + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}    # of a row alone
 
