@@ -3,8 +3,8 @@
 A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json and a table of its
 weight names.  Loading and saving read the same table, so what is saved has the names, shapes and dtypes of what was
 loaded; what config.json asks for and is not done here is a row of ONLY.  Training goes through one call, `model(tokens,
-positions, segments, source, target)`: it gives the log-probability of the response tokens only, and never holds the
-logits of more than a chunk of them.
+positions, segments, source, target)`: it gives the log-probability of the response tokens only, and holds no more
+logits at a time than a constant.
 
     python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
