@@ -114,6 +114,19 @@ def test_resume_refuses_another_run(job, make_model, pairs, tmp_path, capsys):
     assert "in place of the finished run" in capsys.readouterr().out
 
 
+def test_lists_and_flags_that_are_newer_than_the_record_do_not_stand_in_the_way(job, tmp_path):
+    flags = dict(lora_rank=2, lora_targets=("q", "down"))
+    job(stop_at=2, **flags)
+    path = checkpoints(tmp_path / "out")[0] / "state.json"
+    state = json.loads(path.read_text())
+    del state["run"]["config"]["compile"]                                   # as written before there was --compile
+    path.write_text(json.dumps(state))
+    with pytest.raises(BadConfig, match=r"with other settings: lora_targets"):
+        job(resume=True, **{**flags, "lora_targets": ("q",)})
+    job(resume=True, **flags)
+    assert len(rows_of(tmp_path / "out/metrics.jsonl")) == 6
+
+
 def test_what_may_change(job, pairs, tmp_path):
     job(stop_at=2)
     moved = shutil.copy(pairs, tmp_path / "moved.jsonl")
