@@ -430,9 +430,12 @@ class Transformer(nn.Module):
         self.chunk = None                                            # logits at a time, see forward
         self.checkpointed = False                                    # keep of a block only what goes in
         self.compiled, self.flex = False, None                       # see compile_blocks
-        table = partial(nn.Embedding.from_pretrained, freeze=False)  # (nn.Embedding(...) would draw numbers: 1 s)
-        self.embed = table(torch.empty(config.vocab_size, config.dim))
-        self.position = table(torch.empty(config.positions, config.dim)) if config.rope is None else None
+
+        def table(*size):                                            # (drawing on the meta device takes a second)
+            empty = torch.empty(size)
+            return nn.Embedding.from_pretrained(empty, freeze=False) if empty.is_meta else nn.Embedding(*size)
+        self.embed = table(config.vocab_size, config.dim)
+        self.position = table(config.positions, config.dim) if config.rope is None else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = (nn.RMSNorm if config.rms else nn.LayerNorm)(config.dim, eps=config.eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -452,10 +455,12 @@ class Transformer(nn.Module):
             x = x + self.position(at)                                # (B, T, C)
         else:
             rope = self._rotations(at)                               # cos and sin, (B, 1, T, R/2)
+
         def seeing(segments, window=None):
             if self.flex and caches is None:
                 return partial(self.flex, block_mask=attention_blocks(segments, positions, window))
             return partial(attend, tiles=attention_tiles(segments, positions, new, dtype, window))
+
         far = near = attend if segments is None else seeing(segments)
         if sliding and positions.size(1) > window:
             near = seeing(torch.zeros_like(positions) if segments is None else segments, window)
