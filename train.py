@@ -662,8 +662,9 @@ def first_state(cfg: Config, record: dict) -> dict | None:
 
 def fixed(record: dict) -> dict:
     """What must be alike in a run that is resumed: settings, as JSON has them, and the contents behind some."""
-    config, older = record.get("config"), {f.name: f.default for f in dataclasses.fields(Config)}    # had not the flag
-    settings = {"schema": record.get("schema"), **older, **(config if isinstance(config, dict) else {})}
+    config, defaults = record.get("config"), {f.name: f.default for f in dataclasses.fields(Config)}
+    known = {**defaults, **config} if isinstance(config, dict) else {}       # a run older than a flag had its default
+    settings = {"schema": record.get("schema"), **known}
     return finite({name: record.get(f"{name}_sha256", settings[name]) for name in settings if name not in MAY_CHANGE})
 
 
