@@ -443,6 +443,9 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
+SHORT = 32                                      # tokens of a prompt and of a response, in the estimate of memory
+
+
 def kept(model: Transformer, groups: list, world: World) -> int:
     """Bytes that the forward pass keeps for the backward pass, the parameters apart."""
     found = {}
@@ -458,13 +461,14 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 
 
 def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
-    """Bytes that the steps will take in each process, beside the program itself; measured on the first pair, from which
-    activations grow with the tokens of a row."""
-    pair, asked = part.pairs[0], model.checkpointed
+    """Bytes that the steps will take in each process, beside the program itself; measured on the first tokens of a
+    pair, so that the measurement takes next to nothing: activations grow with the tokens of a row."""
+    pair, asked = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), model.checkpointed
     rows = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
     longest = max((row for each in rows for row in each), key=lambda row: sum(part.schedule.costs[i] for i in row))
     tokens = sum(part.schedule.costs[i] for i in longest)
     scored = sum(len(part.pairs[i].chosen) + len(part.pairs[i].rejected) for i in longest)
+    mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
 
     def activations(checkpointed):
         model.checkpointed = checkpointed
@@ -479,7 +483,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     return {"parameters": sum(p.numel() * p.itemsize for p in model.parameters()) // own,
             "gradients": sum(p.numel() * p.itemsize for p in trained) // own,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
-            "activations": held + block,
+            "activations": held + block + mask,
             "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))
             + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}    # of a row alone
 
