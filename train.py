@@ -269,7 +269,7 @@ class World(NamedTuple):
 
 def keep_freed_memory() -> None:
     """Let the C library of Linux keep what is freed: else it returns large tensors to the kernel and fetches them again
-    in every step, page by page, a tenth of a step's time."""
+    in every step, page by page, up to a tenth of a step's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):                   # another C library
@@ -485,7 +485,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
             "activations": held + block + mask,
             "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))
-            + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}    # of a row alone
+            + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}    # beside the sum
 
 
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
