@@ -1154,7 +1154,7 @@ def report(out: Path, population: Population, methods: dict) -> None:
         index[line % len(index)].append(row["entropy"])
     index = [float(np.mean(each)) if each else math.nan for each in index]
     known = ~np.isnan(index)                                       # in few steps not every question is asked
-    ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi)]
+    ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi.tolist())]
     correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
     write_json(out / "report.json", {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                                      "index": index, "questions": population.questions, "methods": content})

@@ -306,7 +306,7 @@ def test_bad_numbers_stop_and_name_the_pairs(run, make_model, pairs, tmp_path):
     ([], 1, ["dpo", "mallows-theta", "mallows-phi"]), (["--loss", "mallows-theta"], 2, ["mallows-theta"])])
 def test_demo(run, tmp_path, flags, processes, methods):
     done = run("train.py", "--steps", 48, "--lr", 2e-3, "--out", tmp_path, *flags, processes=processes)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "DeprecationWarning" not in done.stderr, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["dispersion_rank_correlation"] > 0.9 and list(report["methods"]) == methods
     for path in report["methods"].values():
