@@ -463,29 +463,36 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     """Bytes that the steps will take in each process, beside the program itself; measured on the first tokens of a
     pair, so that the measurement takes next to nothing: activations grow with the tokens of a row."""
-    pair, asked = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), model.checkpointed
-    rows = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
-    longest = max((row for each in rows for row in each), key=lambda row: sum(part.schedule.costs[i] for i in row))
-    tokens = sum(part.schedule.costs[i] for i in longest)
-    scored = sum(len(part.pairs[i].chosen) + len(part.pairs[i].rejected) for i in longest)
-    mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
+    pair, checkpointed = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), model.checkpointed
+    steps = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
+    row = max((row for rows in steps for row in rows), key=lambda row: sum(part.schedule.costs[i] for i in row))
+    tokens = sum(part.schedule.costs[i] for i in row)
+    scored = sum(len(part.pairs[i].chosen) + len(part.pairs[i].rejected) for i in row)
 
     def activations(checkpointed):
         model.checkpointed = checkpointed
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
         return one + (two - one) * (tokens - pair.cost()) // pair.cost()
     plain = activations(False)
-    held = activations(True) if asked else plain
-    block = plain // model.config.layers                           # whose gradients the backward pass holds beside
-    own = world.size if world.shard else 1
+    forward = activations(True) if checkpointed else plain         # what the backward pass finds, and frees bit by bit
+    block = plain // model.config.layers                           # what is made in the backward pass of one block
+    mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
+
+    def size(parameters):
+        return sum(p.numel() * p.itemsize for p in parameters)
+    own, table, whole = world.size if world.shard else 1, model.head.weight, size(model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    table = model.head.weight
-    return {"parameters": sum(p.numel() * p.itemsize for p in model.parameters()) // own,
-            "gradients": sum(p.numel() * p.itemsize for p in trained) // own,
+    several = max(map(len, steps)) > 1                             # rows a step: FSDP2 shares out the sum of gradients
+    gradients = size(trained) // (1 if several else own)
+    held = forward + size([table] * table.requires_grad)           # at most, beside the gradients of earlier rows
+    if not several and (world.shard or world.size == 1):           # there are none: they come as activations go
+        held = max(0, held - gradients)
+    gathered = whole - size(model.blocks.parameters()) + 2 * size(model.blocks[0].parameters())
+    return {"parameters": whole // own + world.shard * gathered,
+            "gradients": gradients,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
             "activations": held + block + mask,
-            "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))
-            + table.numel() * table.itemsize * (table.requires_grad and max(map(len, rows)) > 1)}    # beside the sum
+            "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))}
 
 
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
@@ -1195,15 +1202,24 @@ def main(argv: list[str] | None = None) -> None:
         stop(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({str(error).splitlines()[0]}); {saved()}")
     except KeyboardInterrupt as error:
         stop(128 + error.args[0], f"ended by {signal.Signals(error.args[0]).name}; {saved()}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    leave(0)
 
 
 def stop(status: int, why) -> None:
     rank = int(os.environ.get("RANK", 0))
     print(f"train.py: error: {why!s:.2000}" + f" (rank {rank})" * (rank > 0), file=sys.stderr, flush=True)
+    leave(status)
     sys.exit(status)
+
+
+def leave(status: int) -> None:
+    """One of many processes ends here.  Gloo's threads live on after destroy_process_group, since DDP and FSDP2 keep
+    the group; one that lets go of a tensor while Python shuts down aborts the process, and torchrun calls it failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
