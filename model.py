@@ -837,7 +837,9 @@ def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tenso
     """What is in a Hugging Face folder; the tensors come one by one."""
     if not (folder / "config.json").is_file():
         raise BadModel(f"{folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}; "
-                       "a model is a folder with config.json, *.safetensors and tokenizer.json")
+                       + ("an adapter alone is no model: give one that it is merged into (train.py --merge writes it)"
+                          if (folder / "adapter_config.json").exists() else
+                          "a model is a folder with config.json, *.safetensors and tokenizer.json"))
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     index, home = folder / "model.safetensors.index.json", folder.resolve()
     home = home.parents[1] if home.parent.name == "snapshots" else home                 # links in the hub's cache

@@ -359,15 +359,14 @@ def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pa
     start = saved = time.perf_counter()
     try:
         for i in todo:
-            packed = collate([pair[:3] for pair in rows[i]], world.device)
+            row = collate([pair[:3] for pair in rows[i]], world.device)
             with world.autocast():
-                logp, entropy = model(*packed.inputs(), entropy=True)
-            if not torch.isfinite(logp).all():
+                scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()    # (2, N): waits for a GPU
+            if not np.isfinite(scores[0]).all():
                 raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
                                 + ", ".join(pair.where for pair in rows[i][:8]))
-            ends = packed.length.sum(1).cumsum(0).tolist()[:-1]
-            parts = (np.split(values.cpu().numpy(), ends) for values in (logp, entropy))
-            for pair, *both in zip(rows[i], *parts):
+            ends = np.cumsum([len(pair.chosen) + len(pair.rejected) for pair in rows[i]])
+            for pair, both in zip(rows[i], np.split(scores, ends[:-1], axis=1)):
                 if first[pair.digest()] == i:                      # of a repeated pair, what the first step will meet
                     fresh.setdefault(pair.digest(), Scores(*both))
             if time.perf_counter() - saved > SCORES_SECONDS:

@@ -391,6 +391,10 @@ def test_refusals_of_folders_name_what_was_found(make_model, tmp_path):
     folder = make_model("llama-grouped")
     with pytest.raises(BadModel, match="no such folder"):
         Transformer.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(BadModel, match="adapter alone"):
+        Transformer.from_pretrained(tmp_path / "adapter")
     broken = edited(folder, tmp_path / "h")
     content = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(content[:-100])

@@ -380,9 +380,9 @@ def test_the_estimate_of_memory(budget, kind):
     """Within 15 % of the bytes in use at the worst moment of the step with the longest row, as torch counts them."""
     torch.manual_seed(0)
     model = Transformer.from_config(
-        {"model_type": "llama", "vocab_size": 8000, "hidden_size": 192, "num_hidden_layers": 6,
-         "num_attention_heads": 6, "intermediate_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": True,
-         "rms_norm_eps": 1e-5, "hidden_act": "silu"})
+        {"model_type": "llama", "vocab_size": 8000, "hidden_size": 192, "intermediate_size": 512, "hidden_act": "silu",
+         "num_hidden_layers": 6, "num_attention_heads": 6, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+         "tie_word_embeddings": True})
     model.checkpointed = kind == "checkpointed"
     if kind == "low rank":
         add_lora(model, 4, 8)
