@@ -442,7 +442,7 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
-SHORT = 32                                      # tokens of a prompt and of a response, in the estimate of memory
+SHORT = 4                                       # tokens of a prompt and of a response, in the estimate of memory
 
 
 def kept(model: Transformer, groups: list, world: World) -> int:
@@ -483,15 +483,16 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     trained = [p for p in model.parameters() if p.requires_grad]
     several = max(map(len, steps)) > 1                             # rows a step: FSDP2 shares out the sum of gradients
     gradients = size(trained) // (1 if several else own)
-    held = forward + size([table] * table.requires_grad)           # at most, beside the gradients of earlier rows
-    if not several and (world.shard or world.size == 1):           # there are none: they come as activations go
-        held = max(0, held - gradients)
+    held = forward + size([table] * table.requires_grad)           # at most, and beside the gradients of earlier rows
+    if world.device.type == "cuda" and not several and (world.shard or world.size == 1):
+        held = max(0, held - gradients)    # there are none: they come as activations go (a CPU's heap keeps them apart)
     gathered = whole - size(model.blocks.parameters()) + 2 * size(model.blocks[0].parameters())
     return {"parameters": whole // own + world.shard * gathered,
             "gradients": gradients,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
             "activations": held + block + mask,
-            "head": 8 * max(CHUNK[world.device.type], 256 * scored) + 4 * min(KEPT, scored * len(table))}
+            "head": 8 * max(CHUNK[world.device.type], 256 * scored)    # a slice of the logits, and its exponentials
+            + 4 * min(KEPT, scored * len(table))}                      # those that the backward pass finds
 
 
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:

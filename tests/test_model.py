@@ -231,6 +231,17 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
         assert (found[0][1][name] - want).norm() <= 1e-5 * want.norm(), name
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "llama-grouped"])                         # a tied head, and one of its own
+def test_scores_without_gradients_keep_no_logits(make_model, name, monkeypatch):
+    model, kept, forward = Transformer.from_pretrained(make_model(name)), [], Head.forward
+    monkeypatch.setattr(Head, "forward", staticmethod(lambda ctx, *a: [forward(ctx, *a), kept.append(len(ctx.kept))][0]))
+    inputs = collate(some_groups(model)).inputs()
+    model(*inputs)
+    with torch.no_grad():
+        model(*inputs, entropy=True)
+    assert kept[0] > 0 and kept[1] == 0
+
+
 def test_checkpointed_blocks_give_the_same_gradients_from_less_memory(make_model):
     model, found = Transformer.from_pretrained(make_model("llama-grouped")), []
     rows = collate(some_groups(model))
