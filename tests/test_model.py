@@ -231,10 +231,15 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
         assert (found[0][1][name] - want).norm() <= 1e-5 * want.norm(), name
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-grouped"])                         # a tied head, and one of its own
+@pytest.mark.parametrize("name", ["llama-tied", "llama-grouped"])             # a tied head, and one of its own
 def test_scores_without_gradients_keep_no_logits(make_model, name, monkeypatch):
     model, kept, forward = Transformer.from_pretrained(make_model(name)), [], Head.forward
-    monkeypatch.setattr(Head, "forward", staticmethod(lambda ctx, *a: [forward(ctx, *a), kept.append(len(ctx.kept))][0]))
+
+    def noted(ctx, *arguments):
+        result = forward(ctx, *arguments)
+        kept.append(len(ctx.kept))
+        return result
+    monkeypatch.setattr(Head, "forward", staticmethod(noted))
     inputs = collate(some_groups(model)).inputs()
     model(*inputs)
     with torch.no_grad():
