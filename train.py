@@ -442,7 +442,7 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
-SHORT = 4                                       # tokens of a prompt and of a response, in the estimate of memory
+SHORT = 8                                       # tokens of a prompt and of a response, in the estimate of memory
 
 
 def kept(model: Transformer, groups: list, world: World) -> int:
@@ -1216,7 +1216,8 @@ def leave(status: int) -> None:
     """One of many processes ends here.  Gloo's threads live on after destroy_process_group, since DDP and FSDP2 keep
     the group; one that lets go of a tensor while Python shuts down aborts the process, and torchrun calls it failed."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if status == 0:                                            # else it might wait for ranks that wait for this one
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
