@@ -511,7 +511,7 @@ class Transformer(nn.Module):
         x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
         x = self.hidden(tokens, positions, segments, x=x).flatten(0, 1)[source]                    # (N, C)
         width = max(256, (self.chunk or CHUNK[tokens.device.type]) // max(1, len(target)))
-        weight = weight.to(dtype) if torch.is_grad_enabled() else weight.detach().to(dtype)    # then nothing is kept
+        weight = weight.to(dtype) if torch.is_grad_enabled() else weight.detach().to(dtype)    # or Head keeps logits
         return Head.apply(x.to(dtype), weight, target, width, entropy)
 
     def predict(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None) -> Tensor:

@@ -462,7 +462,7 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     """Bytes that the steps will take in each process, beside the program itself; measured on the first tokens of a
     pair, so that the measurement takes next to nothing: activations grow with the tokens of a row."""
-    pair, checkpointed = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), model.checkpointed
+    pair, asked = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), model.checkpointed
     steps = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
     row = max((row for rows in steps for row in rows), key=lambda row: sum(part.schedule.costs[i] for i in row))
     tokens = sum(part.schedule.costs[i] for i in row)
@@ -473,7 +473,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
         return one + (two - one) * (tokens - pair.cost()) // pair.cost()
     plain = activations(False)
-    forward = activations(True) if checkpointed else plain         # what the backward pass finds, and frees bit by bit
+    forward = activations(True) if asked else plain                # what the backward pass finds, and frees bit by bit
     block = plain // model.config.layers                           # what is made in the backward pass of one block
     mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
 

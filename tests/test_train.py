@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import mallowspo
 import train
-from data import Pair, write_jsonl
+from data import Pair, Tokenizer, load_pairs, write_jsonl
 from mallowspo import LOSSES
 from model import Transformer, add_lora
 from train import Config, Part
@@ -374,6 +374,24 @@ def test_bfloat16_weights_move_at_small_rates():
     assert torch.allclose(found["ours", torch.float32], want, atol=1e-9)
 
 
+def test_the_estimate_of_activations(make_model, pairs):
+    """Activations of a row from those of a few tokens, against those that a whole row keeps."""
+    model = Transformer.from_pretrained(make_model("llama-grouped"))
+    cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
+    world = train.join_world(cfg)
+    part = Part.plan(load_pairs(pairs, Tokenizer(make_model("llama-grouped")), 64).pairs, cfg, world, None)
+    sizes = train.memory(model, part, world)
+    count = sum(p.numel() for p in model.parameters())
+    assert (sizes["parameters"], sizes["gradients"], sizes["optimiser"]) == (4 * count, 4 * count, 8 * count)
+    row = max((row for s in part.first_epoch() for row in part.schedule.rows(s)),
+              key=lambda row: sum(part.schedule.costs[i] for i in row))
+    whole, table = train.kept(model, [part.pairs[i][:3] for i in row], world), 4 * model.head.weight.numel()
+    found = sizes["activations"] - table                                              # with the head's gradient
+    assert found == pytest.approx(whole * (1 + 1 / model.config.layers), rel=0.15)    # and a block's
+    model.checkpointed = True
+    assert train.memory(model, part, world)["activations"] - table < 0.5 * found
+
+
 @pytest.mark.parametrize("budget", [4096, 1200], ids=["one row", "rows"])
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "low rank"])
 def test_the_estimate_of_memory(budget, kind):
@@ -403,8 +421,8 @@ def test_the_estimate_of_memory(budget, kind):
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     in_use = max(itertools.accumulate(event.nbytes() for event in events))
-    beside = sum(sizes.values()) - ready
-    assert in_use / 1.15 < beside < 1.15 * in_use + sizes["gradients"] * (budget == 4096)
+    twice = min(sizes["gradients"], sizes["activations"]) * (budget == 4096)
+    assert sum(sizes.values()) - ready - twice == pytest.approx(in_use, rel=0.15)
 
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pairs, tmp_path):
