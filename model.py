@@ -219,7 +219,7 @@ ONLY = {                                # settings of config.json of which this 
 TILE = 512         # queries of one call of attention on a CPU
 BLOCK = 128        # queries, and keys, that flex_attention passes over or takes together
 CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
-KEPT = 2 ** 24     # logits that are kept for the backward pass
+KEPT = 2 ** 26     # logits that are kept for the backward pass
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
 
@@ -510,7 +510,7 @@ class Transformer(nn.Module):
         dtype = self.precision(tokens.device)
         x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
         x = self.hidden(tokens, positions, segments, x=x).flatten(0, 1)[source]                    # (N, C)
-        width = max(256, (self.chunk or CHUNK[tokens.device.type]) // max(1, len(target)))
+        width = max(256, (self.chunk or CHUNK[tokens.device.type]) // max(64, 64 * len(target)) * 64)    # aligned rows
         weight = weight.to(dtype) if torch.is_grad_enabled() else weight.detach().to(dtype)    # or Head keeps logits
         return Head.apply(x.to(dtype), weight, target, width, entropy)
 

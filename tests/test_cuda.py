@@ -206,8 +206,8 @@ def test_the_estimate_of_memory(compiled, checkpointed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_never_holds_the_logits(dtype):
-    """4,096 scored tokens, 131,072 words; beside what goes in, and its gradients, some slices of the logits."""
-    x = torch.randn(4096, 512, device=DEVICE, dtype=dtype, requires_grad=True)
+    """8,192 scored tokens, 131,072 words; beside what goes in, and its gradients, some slices of the logits."""
+    x = torch.randn(8192, 512, device=DEVICE, dtype=dtype, requires_grad=True)
     weight = (torch.randn(2 ** 17, 512, device=DEVICE, dtype=dtype) * 0.02).requires_grad_()
     target = torch.randint(0, len(weight), (len(x),), device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
