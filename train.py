@@ -459,38 +459,39 @@ def kept(model: Transformer, groups: list, world: World) -> int:
     return sum(found.values())
 
 
-def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
-    """Bytes that the steps will take in each process, beside the program itself; measured on the first tokens of a
-    pair, so that the measurement takes next to nothing: activations grow with the tokens of a row."""
-    pair, asked = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), model.checkpointed
-    steps = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
-    row = max((row for rows in steps for row in rows), key=lambda row: sum(part.schedule.costs[i] for i in row))
+def activations(model: Transformer, part: Part, row: list[int], world: World) -> tuple[int, int]:
+    """Bytes that the forward pass of a row keeps for the backward pass, and what that makes of one block at a time;
+    measured on the first tokens of a pair, which takes next to nothing: both grow with the tokens of a row."""
+    pair, found = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), []
     tokens = sum(part.schedule.costs[i] for i in row)
-    scored = sum(len(part.pairs[i].chosen) + len(part.pairs[i].rejected) for i in row)
-
-    def activations(checkpointed):
+    for checkpointed in (False, model.checkpointed):                 # as it is again in the end
         model.checkpointed = checkpointed
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
-        return one + (two - one) * (tokens - pair.cost()) // pair.cost()
-    plain = activations(False)
-    forward = activations(True) if asked else plain                # what the backward pass finds, and frees bit by bit
-    block = plain // model.config.layers                           # what is made in the backward pass of one block
+        found.append(one + (two - one) * (tokens - pair.cost()) // pair.cost())
     mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
+    return found[1], found[0] // model.config.layers + mask
 
+
+def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
+    """Bytes that the steps will take in each process, beside the program itself."""
     def size(parameters):
         return sum(p.numel() * p.itemsize for p in parameters)
-    own, table, whole = world.size if world.shard else 1, model.head.weight, size(model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
+    steps = [part.schedule.rows(step, world.rank, world.size) for step in part.first_epoch()]
+    row = max((row for rows in steps for row in rows), key=lambda row: sum(part.schedule.costs[i] for i in row))
+    scored = sum(len(part.pairs[i].chosen) + len(part.pairs[i].rejected) for i in row)
+    trained, table = [p for p in model.parameters() if p.requires_grad], model.head.weight
+    whole, own = size(model.parameters()), world.size if world.shard else 1
     several = max(map(len, steps)) > 1                             # rows a step: FSDP2 shares out the sum of gradients
     gradients = size(trained) // (1 if several else own)
-    held = forward + size([table] * table.requires_grad)           # at most, and beside the gradients of earlier rows
-    if world.device.type == "cuda" and not several and (world.shard or world.size == 1):
-        held = max(0, held - gradients)    # there are none: they come as activations go (a CPU's heap keeps them apart)
     gathered = whole - size(model.blocks.parameters()) + 2 * size(model.blocks[0].parameters())
+    forward, block = activations(model, part, row, world)
+    forward += size([table] * table.requires_grad)                 # its gradient, beside that of earlier rows
+    if world.device.type == "cuda" and not several and (world.shard or world.size == 1):
+        forward = max(0, forward - gradients)  # there are none: they come as activations go (a CPU's heap keeps both)
     return {"parameters": whole // own + world.shard * gathered,
             "gradients": gradients,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
-            "activations": held + block + mask,
+            "activations": forward + block,
             "head": 8 * max(CHUNK[world.device.type], 256 * scored)    # a slice of the logits, and its exponentials
             + 4 * min(KEPT, scored * len(table))}                      # those that the backward pass finds
 
