@@ -464,12 +464,12 @@ def activations(model: Transformer, part: Part, row: list[int], world: World) ->
     measured on the first tokens of a pair, which takes next to nothing: both grow with the tokens of a row."""
     pair, found = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), []
     tokens = sum(part.schedule.costs[i] for i in row)
-    for checkpointed in (False, model.checkpointed):                 # as it is again in the end
+    for checkpointed in sorted({False, model.checkpointed}):         # as it is again in the end
         model.checkpointed = checkpointed
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
         found.append(one + (two - one) * (tokens - pair.cost()) // pair.cost())
     mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
-    return found[1], found[0] // model.config.layers + mask
+    return found[-1], found[0] // model.config.layers + mask
 
 
 def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
