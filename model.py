@@ -510,7 +510,7 @@ class Transformer(nn.Module):
         dtype = self.precision(tokens.device)
         x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
         x = self.hidden(tokens, positions, segments, x=x).flatten(0, 1)[source]                    # (N, C)
-        width = max(256, (self.chunk or CHUNK[tokens.device.type]) // max(64, 64 * len(target)) * 64)    # aligned rows
+        width = max(256, (self.chunk or CHUNK[tokens.device.type]) // (64 * max(1, len(target))) * 64)    # aligned
         weight = weight.to(dtype) if torch.is_grad_enabled() else weight.detach().to(dtype)    # or Head keeps logits
         return Head.apply(x.to(dtype), weight, target, width, entropy)
 

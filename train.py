@@ -791,6 +791,7 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
             # ------------------------------------------------------------------------------------------------
             scaler.scale(loss * world.size).backward()             # DDP takes the mean over ranks, we want the sum
         outcomes.append(torch.stack(outcome).detach()[:, :len(row)])
+        del outcome, loss                                          # or the next row's logits are kept beside this one's
     outcomes = torch.cat(outcomes, 1)                              # (n, pairs of this rank)
     total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
     total[:n], total[n] = outcomes.sum(1), bool(signals)           # all ranks stop after the same step
