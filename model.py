@@ -396,9 +396,10 @@ class Head(torch.autograd.Function):
         down = x * -up                                               # (N, C)
         dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), sums of many slices: in float32
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for at, kept in itertools.zip_longest(range(0, len(weight), ctx.width), ctx.kept):
+        kept, ctx.kept = ctx.kept[::-1], []                          # each goes when it was used
+        for at in range(0, len(weight), ctx.width):
             w = weight[at:at + ctx.width]                            # (width, C)
-            p, top = kept or (F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_(), log_z)     # (N, width), (N,)
+            p, top = kept.pop() if kept else (F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_(), log_z)
             p, share = p.to(x.dtype), (top - log_z).exp()[:, None]   # share * p: the probabilities
             dx += share * (p @ w)
             if dw is not None:

@@ -488,12 +488,13 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     forward += size([table] * table.requires_grad)                 # its gradient, beside that of earlier rows
     if world.device.type == "cuda" and not several and (world.shard or world.size == 1):
         forward = max(0, forward - gradients)  # there are none: they come as activations go (a CPU's heap keeps both)
+    head = 8 * max(CHUNK[world.device.type], 256 * scored)             # a slice of the logits, and its exponentials
+    head += 4 * min(KEPT, scored * len(table))                         # those that the backward pass finds
     return {"parameters": whole // own + world.shard * gathered,
             "gradients": gradients,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
             "activations": forward + block,
-            "head": 8 * max(CHUNK[world.device.type], 256 * scored)    # a slice of the logits, and its exponentials
-            + 4 * min(KEPT, scored * len(table))}                      # those that the backward pass finds
+            "head": max(0, head - block)}                              # it is done before a block's turn comes
 
 
 def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
