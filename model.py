@@ -380,7 +380,7 @@ class Head(torch.autograd.Function):
             mass = p.sum(-1)                                         # (N,)
             before, log_z = log_z, torch.logaddexp(log_z, top + mass.log())
             if entropy:
-                inside = (p * logits).sum(-1) + mass * top
+                inside = logits.mul_(p).sum(-1) + mass * top
                 mean = mean * (before - log_z).exp() + inside * (top - log_z).exp()
             room -= p.numel()
             ctx.kept += [(p, top)] * (room >= 0)
