@@ -276,6 +276,7 @@ def keep_freed_memory() -> None:
         return
     mallopt(-4, 0)                                                 # M_MMAP_MAX: nothing apart from the heap
     mallopt(-1, -1)                                                # M_TRIM_THRESHOLD: never given back
+    mallopt(1, 0)                                                  # M_MXFAST: small gaps join large ones at once
 
 
 def join_world(cfg: Config) -> World:
