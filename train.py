@@ -796,8 +796,8 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
         del outcome, loss                                          # or the next row's logits are kept beside this one's
     outcomes = torch.cat(outcomes, 1)                              # (n, pairs of this rank)
     total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
-    total[:n], total[n] = outcomes.sum(1), bool(signals)           # all ranks stop after the same step
-    total[places] = (~torch.isfinite(outcomes[0])).float()
+    total[:n], total[n:n + 1] = outcomes.sum(1), bool(signals)     # all ranks stop after the same step (a slice does
+    total[places] = (~torch.isfinite(outcomes[0])).float()         # not wait for a GPU, a number's place would)
     values = world.total(total).tolist()                           # until here nothing has waited for a GPU
     means = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
     return means, [i for i, x in zip(batch, values[n + 1:]) if x], bool(values[n])
