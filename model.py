@@ -220,6 +220,7 @@ TILE = 512         # queries of one call of attention on a CPU
 BLOCK = 128        # queries, and keys, that flex_attention passes over or takes together
 CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 KEPT = 2 ** 26     # logits that are kept for the backward pass
+torch.backends.cuda.enable_cudnn_sdp(False)    # it builds code for each length of a row, and for each new token
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
 
 
@@ -237,9 +238,9 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
     A GPU takes a row whole; a CPU by groups, short ones together, long ones TILE queries at a time: no attention is
     computed between neighbours, nor for what is yet to come.
     """
-    total, size, cuts, tiles = segments.size(1), new, [0], []
+    total, size, cuts, tiles, unit = segments.size(1), new, [0], [], 8     # a GPU's kernel copies masks of other widths
     if segments.device.type == "cpu":
-        group, size = segments // BRANCHES, TILE
+        group, size, unit = segments // BRANCHES, TILE, 1
         for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
             cuts += [edge] * (edge - cuts[-1] >= TILE // 4)
     for start, stop in zip(cuts, [*cuts[1:], total]):
@@ -248,7 +249,8 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
             if window:
                 seen &= positions[:, at:end, None] - positions[:, None, start:end] < window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            mask = torch.zeros(*seen.shape[:2], -((start - end) // unit) * unit, dtype=dtype, device=seen.device)
+            mask = mask[..., :end - start].masked_fill_(~seen, -torch.inf)
             tiles.append((end - at, slice(start, end), mask[:, None]))
     return tiles
 
@@ -256,6 +258,9 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gqa: bool = False) -> Tensor:
     """Attention of q, (B, H, T, D), to k and v, (B, KV, S, D), tile by tile; without tiles to all earlier tokens."""
     causal = tiles is None and q.size(2) > 1                         # one new token sees all that is cached
+    if enable_gqa and q.device.type != "cpu":                        # else most GPUs would make all scores, at once
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+        enable_gqa = False
     counts, spans, masks = zip(*(tiles or [(q.size(2), slice(0, k.size(2)), None)]))
     ends = [0, *(span.stop for span in spans)]
     if ends == [*(span.start for span in spans), k.size(2)]:         # side by side: a split is cheaper to differentiate

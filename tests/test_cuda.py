@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import train
 from data import Pair, collate
-from model import CHUNK, KEPT, Head, Transformer
+from model import CHUNK, KEPT, Head, Transformer, attend, attention_tiles
 from train import Config, Part, World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -202,6 +202,26 @@ def test_the_estimate_of_memory(compiled, checkpointed):
         optimizer.step(shrink)
         model.zero_grad()
     assert estimate == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("total", [4096, 4091])
+def test_attention_never_holds_the_scores(dtype, total):
+    """Nor a copy of its mask in each layer: of 8 heads that share 2 of keys, with a mask of any width."""
+    ids, parts = torch.arange(total, device=DEVICE)[None] // 500 * 16, []
+    tiles = attention_tiles(ids, ids, total, dtype)
+    for heads in (8, 2, 2):
+        parts.append(torch.randn(1, heads, total, 64, device=DEVICE, dtype=dtype, requires_grad=True))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attend(*parts, tiles, enable_gqa=True)
+    kept = torch.cuda.memory_allocated() - before
+    out.sum().backward()
+    mask = total ** 2 * dtype.itemsize
+    assert kept < mask and torch.cuda.max_memory_allocated() - before < 4 * mask
+    q, k, v = (x.detach().cpu().double() for x in parts)
+    want = attend(q, k, v, [(n, span, seen.cpu().double()) for n, span, seen in tiles], enable_gqa=True)
+    assert (out.detach().cpu().double() - want).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

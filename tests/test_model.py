@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import model as model_py
 from data import collate
-from model import FAMILIES, BadModel, Head, Lookup, Transformer, attention_tiles, visible
+from model import FAMILIES, BadModel, Head, Lookup, Transformer, attend, attention_tiles, visible
 
 
 def theirs(folder):
@@ -229,6 +229,20 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     for name, want in found[1][1].items():
         assert (found[0][1][name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_attention_on_a_gpu_asks_for_what_its_kernels_do(monkeypatch):
+    """Else torch's choice is the one that makes all scores at once, or each layer keeps a copy of the mask; and none is
+    built for one length of a row.  (tests/test_cuda.py looks at the memory.)"""
+    asked, ids = [], torch.zeros(1, 203, dtype=torch.long, device="meta")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, mask, **flags: asked.append((k, v, mask, flags["enable_gqa"])) or q)
+    q, k = torch.empty(1, 6, 203, 8, device="meta"), torch.empty(1, 2, 203, 8, device="meta")
+    attend(q, k, k, attention_tiles(ids, ids, 203, window=50), enable_gqa=True)
+    [(k, v, mask, grouped)] = asked
+    assert k.size(1) == v.size(1) == 6 and not grouped
+    assert mask.shape == (1, 1, 203, 203) and not any(stride % 8 for stride in mask.stride()[:-1])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-grouped"])             # a tied head, and one of its own
