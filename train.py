@@ -289,7 +289,8 @@ def join_world(cfg: Config) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    best = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if cuda else "float32"
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    best = ("bfloat16" if native else "float16") if cuda else "float32"
     dtype = DTYPES[best if cfg.dtype == "auto" else cfg.dtype]
     if dtype == torch.float16 and not cuda:
         raise BadConfig("--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")

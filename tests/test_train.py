@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -423,6 +424,15 @@ def test_the_estimate_of_memory(budget, kind):
     in_use = max(itertools.accumulate(event.nbytes() for event in events))
     twice = min(sizes["gradients"], sizes["activations"]) * (budget == 4096)
     assert sum(sizes.values()) - ready - twice == pytest.approx(in_use, rel=0.15)
+
+
+@pytest.mark.parametrize("generation, dtype", [(7, torch.float16), (9, torch.bfloat16)])
+def test_what_a_gpu_computes_in(monkeypatch, generation, dtype):
+    """An old one makes do without bfloat16, which torch calls supported: it imitates it, slowly."""
+    for name, answer in [("is_available", True), ("current_device", 0), ("_check_bf16_tensor_supported", True),
+                         ("get_device_properties", types.SimpleNamespace(major=generation)), ("set_device", None)]:
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert train.join_world(Config()).dtype == dtype
 
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pairs, tmp_path):
