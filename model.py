@@ -248,7 +248,7 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
             end = min(at + size, stop)
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
             if window:
-                seen &= positions[:, at:end, None] - positions[:, None, start:end] < window
+                seen &= positions[:, at:end, None] < positions[:, None, start:end] + window
             mask = torch.zeros(*seen.shape[:2], -((start - end) // unit) * unit, dtype=dtype, device=seen.device)
             mask = mask[..., :end - start].masked_fill_(~seen, -torch.inf)
             tiles.append((end - at, slice(start, end), mask[:, None]))
@@ -482,6 +482,7 @@ class Transformer(nn.Module):
         torch.compile(torch.square)(torch.ones(2, device=device))   # what is missing is missed here
         self.compiled = True
         torch._dynamo.config.optimize_ddp = False                   # these graphs are parts of blocks: no need to cut
+        torch._dynamo.config.recompile_limit = 32                   # rows of tens and of thousands of tokens differ
         if device.type == "cuda" and self.config.head_dim >= 16:    # (its least)
             flex = torch.compile(flex_attention, dynamic=True)
             self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})         # not that of texts below 128 tokens
