@@ -461,17 +461,17 @@ def kept(model: Transformer, groups: list, world: World) -> int:
     return sum(found.values())
 
 
-def activations(model: Transformer, part: Part, row: list[int], world: World) -> tuple[int, int]:
-    """Bytes that the forward pass of a row keeps for the backward pass, and what that makes of one block at a time;
-    measured on the first tokens of a pair, which takes next to nothing: both grow with the tokens of a row."""
+def activations(model: Transformer, part: Part, row: list[int], world: World) -> tuple[int, int, int]:
+    """Bytes that the forward pass of a row keeps for the backward pass, what that makes of one block at a time, and
+    a GPU's masks for the row.  The former grow with its tokens: measured on a pair's first, which takes no time."""
     pair, found = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), []
     tokens = sum(part.schedule.costs[i] for i in row)
     for checkpointed in sorted({False, model.checkpointed}):         # as it is again in the end
         model.checkpointed = checkpointed
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
         found.append(one + (two - one) * (tokens - pair.cost()) // pair.cost())
-    mask = tokens ** 2 * world.dtype.itemsize if world.device.type == "cuda" and not model.flex else 0
-    return found[-1], found[0] // model.config.layers + mask
+    masks = (world.device.type == "cuda" and not model.flex) * (1 + bool(model.config.sliding))
+    return found[-1], found[0] // model.config.layers, masks * tokens ** 2 * world.dtype.itemsize
 
 
 def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
@@ -486,7 +486,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     several = max(map(len, steps)) > 1                             # rows a step: FSDP2 shares out the sum of gradients
     gradients = size(trained) // (1 if several else own)
     gathered = whole - size(model.blocks.parameters()) + 2 * size(model.blocks[0].parameters())
-    forward, block = activations(model, part, row, world)
+    forward, block, masks = activations(model, part, row, world)
     forward += size([table] * table.requires_grad)                 # its gradient, beside that of earlier rows
     if world.device.type == "cuda" and not several and (world.shard or world.size == 1):
         forward = max(0, forward - gradients)  # there are none: they come as activations go (a CPU's heap keeps both)
@@ -495,7 +495,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     return {"parameters": whole // own + world.shard * gathered,
             "gradients": gradients,
             "optimiser": sum(p.numel() * 8 for p in trained) // own,
-            "activations": forward + block,
+            "activations": forward + block + masks,
             "head": max(0, head - block)}                              # it is done before a block's turn comes
 
 
