@@ -563,7 +563,7 @@ class AdamW:
 SCORES_SECONDS, SAVE_SECONDS = 120, 1800        # between writes of the reference's scores; of checkpoints, by default
 IN_A_ROW = 10                                   # so many steps that are not finite are not skipped
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
-              "sample_tokens shard checkpoint_activations device dtype").split()        # in a run that is resumed
+              "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
 
 
 STATE = {"step": int, "seconds": float, "skipped": list, "scaler": dict, "run": dict, "sha256": dict}

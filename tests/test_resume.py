@@ -96,7 +96,8 @@ def test_resume_refuses_another_run(job, make_model, pairs, tmp_path, capsys):
             ("lr", 2e-3, r"lr \(0.001, now 0.002\)"), ("steps", 7, r"steps \(6, now 7\)"), ("seed", 1, "seed"),
             ("beta", 0.2, r"beta \(None, now 0.2\)"), ("loss", "dpo", "loss"), ("batch_size", 8, "batch_size"),
             ("decay", "linear", "decay"), ("eval_pairs", 9, "data .*, eval_pairs"), ("data", str(other), r"data \("),
-            ("model", make_model("gpt2"), r"model \("), ("clip", 2.0, "clip"), ("max_tokens", 63, "max_tokens")]:
+            ("model", make_model("gpt2"), r"model \("), ("clip", 2.0, "clip"), ("max_tokens", 63, "max_tokens"),
+            ("dtype", "bfloat16", r"dtype \(auto, now bfloat16\)")]:
         with pytest.raises(BadConfig, match=f"with other settings: .*{words}"):
             job(resume=True, **{name: value})
     with open(checkpoints(out)[0] / "state.safetensors", "r+b") as file:
