@@ -220,8 +220,8 @@ TILE = 512         # queries of one call of attention on a CPU
 BLOCK = 128        # queries, and keys, that flex_attention passes over or takes together
 CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 KEPT = 2 ** 26     # logits that are kept for the backward pass
-torch.backends.cuda.enable_cudnn_sdp(False)    # it builds code for each length of a row, and for each new token
 BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
+torch.backends.cuda.enable_cudnn_sdp(False)    # it builds code for each length of a row, and for each new token
 
 
 def visible(query: Tensor, key: Tensor) -> Tensor:

@@ -463,7 +463,7 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 
 def activations(model: Transformer, part: Part, row: list[int], world: World) -> tuple[int, int, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, what that makes of one block at a time, and
-    a GPU's masks for the row.  The former grow with its tokens: measured on a pair's first, which takes no time."""
+    a GPU's masks for the row.  The first two grow with its tokens, and are measured on a pair's first few."""
     pair, found = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), []
     tokens = sum(part.schedule.costs[i] for i in row)
     for checkpointed in sorted({False, model.checkpointed}):         # as it is again in the end
@@ -797,8 +797,9 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
         del outcome, loss                                          # or the next row's logits are kept beside this one's
     outcomes = torch.cat(outcomes, 1)                              # (n, pairs of this rank)
     total = torch.zeros(n + 1 + len(batch), device=world.device)   # the outcome, signals, pairs with no finite loss
-    total[:n], total[n:n + 1] = outcomes.sum(1), bool(signals)     # all ranks stop after the same step (a slice does
-    total[places] = (~torch.isfinite(outcomes[0])).float()         # not wait for a GPU, a number's place would)
+    total[:n] = outcomes.sum(1)
+    total[n:n + 1] = bool(signals)                                 # all ranks stop alike (total[n] waits for a GPU)
+    total[places] = (~torch.isfinite(outcomes[0])).float()
     values = world.total(total).tolist()                           # until here nothing has waited for a GPU
     means = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
     return means, [i for i, x in zip(batch, values[n + 1:]) if x], bool(values[n])
