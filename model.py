@@ -353,12 +353,15 @@ class Block(nn.Module):
         self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
         self.parallel, self.grouped = c.parallel, c.kv_heads != c.heads
 
-    def forward(self, x, rope, attend, cache=None):
+    def forward(self, x, rope, attend, cache=None, source=None):
         q, k, v = self.before(x, rope)                               # (B, H, T, D), k and v (B, KV, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                # (B, KV, past + T, D)
         y = attend(q, k, v, enable_gqa=self.grouped)                 # (B, H, T, D)
-        return self.after(x, y.transpose(1, 2).flatten(2))           # (B, T, C)
+        y = y.transpose(1, 2).flatten(2)                             # (B, T, H*D)
+        if source is not None:                                       # of the last block only these are asked for
+            x, y = (t.flatten(0, 1).index_select(0, source)[None] for t in (x, y))     # (1, N, C), (1, N, H*D)
+        return self.after(x, y)                                      # (B, T, C)
 
     def before(self, x, rope):
         return self.attn(self.norm1(x), rope)
@@ -375,37 +378,38 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
-        log_z = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))    # (N,)
-        mean = torch.zeros_like(log_z)                               # (N,) expected logit, of the words so far
+        exact, slices = torch.promote_types(x.dtype, torch.float32), weight.split(width)
+        top, mass, inside = x.new_zeros(3, len(slices), len(x), dtype=exact)                 # (S, N) each
         ctx.kept, room = [], KEPT if any(ctx.needs_input_grad) else 0
-        for w in weight.split(width):
-            logits = F.linear(x, w).to(log_z.dtype)                  # (N, width)
-            top = logits.amax(-1)                                    # (N,)
-            p = logits.sub_(top[:, None]).exp() if entropy else logits.sub_(top[:, None]).exp_()    # over exp(top)
-            mass = p.sum(-1)                                         # (N,)
-            before, log_z = log_z, torch.logaddexp(log_z, top + mass.log())
+        for i, w in enumerate(slices):
+            logits = F.linear(x, w).to(exact)                        # (N, width)
+            torch.amax(logits, -1, out=top[i])
+            logits.sub_(top[i, :, None])
+            p = logits.exp() if entropy else logits.exp_()           # (N, width), in units of exp(top)
+            torch.sum(p, -1, out=mass[i])
             if entropy:
-                inside = logits.mul_(p).sum(-1) + mass * top
-                mean = mean * (before - log_z).exp() + inside * (top - log_z).exp()
+                torch.sum(logits.mul_(p), -1, out=inside[i])
             room -= p.numel()
-            ctx.kept += [(p, top)] * (room >= 0)
-        ctx.save_for_backward(x, weight, target, log_z)
-        ctx.width, entropies = width, log_z - mean if entropy else None
+            ctx.kept += [p] * (room >= 0)
+        log_z = (top + mass.log()).logsumexp(0)                      # (N,)
+        entropies = ((mass * (log_z - top) - inside) * (top - log_z).exp()).sum(0) if entropy else None
+        ctx.save_for_backward(x, weight, target, log_z, top)
+        ctx.width = width
         ctx.mark_non_differentiable(*[entropies] * entropy)
-        return (x.to(log_z.dtype) * weight[target]).sum(-1) - log_z, entropies
+        return (x.to(exact) * weight[target]).sum(-1) - log_z, entropies
 
     @staticmethod
     def backward(ctx, up, _):
-        x, weight, target, log_z = ctx.saved_tensors
+        x, weight, target, log_z, tops = ctx.saved_tensors
         up = up[:, None]                                             # (N, 1)
         down = x * -up                                               # (N, C)
         dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), sums of many slices: in float32
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         kept, ctx.kept = ctx.kept[::-1], []                          # each goes when it was used
-        for at in range(0, len(weight), ctx.width):
+        for at, top in zip(range(0, len(weight), ctx.width), tops[:, :, None]):                  # (N, 1)
             w = weight[at:at + ctx.width]                            # (width, C)
-            p, top = kept.pop() if kept else (F.linear(x, w).to(log_z.dtype).sub_(log_z[:, None]).exp_(), log_z)
-            p, share = p.to(x.dtype), (top - log_z).exp()[:, None]   # share * p: the probabilities
+            p = (kept.pop() if kept else F.linear(x, w).to(log_z.dtype).sub_(top).exp_()).to(x.dtype)
+            share = (top - log_z[:, None]).exp()                     # (N, 1); share * p: the probabilities
             dx += share * (p @ w)
             if dw is not None:
                 torch.mm(p.t(), (share * down).to(x.dtype), out=dw[at:at + ctx.width])
@@ -448,8 +452,9 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None, x=None) -> Tensor:
-        """(B, T) tokens, or what they look up, (B, T, C) -> (B, T, C).
+    def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None, x=None,
+               source: Tensor | None = None) -> Tensor:
+        """(B, T) tokens, or what they look up, (B, T, C) -> (B, T, C), or of those at `source` (N,) alone (1, N, C).
 
         positions and segments, (B, S), are also those of the cached tokens; without segments all is one text.
         """
@@ -473,7 +478,8 @@ class Transformer(nn.Module):
         again = self.checkpointed and torch.is_grad_enabled()
         for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks))):
             call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
-            x = call(x, rope, near if i in sliding else far, cache)                                # (B, T, C)
+            asked = source if block is self.blocks[-1] else None
+            x = call(x, rope, near if i in sliding else far, cache, asked)                         # (B, T, C)
         return self.norm(x)
 
     def compile_blocks(self) -> None:
@@ -516,7 +522,7 @@ class Transformer(nn.Module):
         """
         dtype = self.precision(tokens.device)
         x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
-        x = self.hidden(tokens, positions, segments, x=x).flatten(0, 1)[source]                    # (N, C)
+        x = self.hidden(tokens, positions, segments, x=x, source=source).squeeze(0)                # (N, C)
         width = max(256, (self.chunk or CHUNK[tokens.device.type]) // (64 * max(1, len(target))) * 64)    # aligned
         weight = weight.to(dtype) if torch.is_grad_enabled() else weight.detach().to(dtype)    # or Head keeps logits
         return Head.apply(x.to(dtype), weight, target, width, entropy)

@@ -444,7 +444,7 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
-SHORT = 8                                       # tokens of a prompt and of a response, in the estimate of memory
+SHORT = 8                                       # tokens of a response, half those of a prompt, in memory's estimate
 
 
 def kept(model: Transformer, groups: list, world: World) -> int:
@@ -464,7 +464,8 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 def activations(model: Transformer, part: Part, row: list[int], world: World) -> tuple[int, int, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, what that makes of one block at a time, and
     a GPU's masks for the row.  The first two grow with its tokens, and are measured on a pair's first few."""
-    pair, found = Pair(*(ids[:SHORT] for ids in part.pairs[0][:3]), None, ""), []
+    prompt, chosen, rejected = part.pairs[0][:3]
+    pair, found = Pair(prompt[:2 * SHORT], chosen[:SHORT], rejected[:SHORT], None, ""), []
     tokens = sum(part.schedule.costs[i] for i in row)
     for checkpointed in sorted({False, model.checkpointed}):         # as it is again in the end
         model.checkpointed = checkpointed
