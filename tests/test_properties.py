@@ -73,7 +73,7 @@ def lines(draw):
     if kind < 3:
         return json.dumps(draw(good_records())).encode(), True
     if kind == 3:
-        return draw(st.binary(max_size=30)).replace(b"\n", b"").lstrip(b"\xef\xbb\xbf"), None    # (such a mark: see bom)
+        return draw(st.binary(max_size=30)).replace(b"\n", b"").lstrip(b"\xef\xbb\xbf"), None   # (such a mark: see bom)
     if kind == 4:
         return draw(st.sampled_from([b"", b"  ", b"\t\r"])), None
     record = draw(st.one_of(RECORDS, ANYTHING) if kind > 5 else good_records())
