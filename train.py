@@ -444,7 +444,7 @@ class Part:
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
-SHORT = 8                                       # tokens of a response, half those of a prompt, in memory's estimate
+SHORT = 8                                       # tokens of a response, in the estimate of memory
 
 
 def kept(model: Transformer, groups: list, world: World) -> int:
@@ -461,12 +461,13 @@ def kept(model: Transformer, groups: list, world: World) -> int:
     return sum(found.values())
 
 
-def activations(model: Transformer, part: Part, row: list[int], world: World) -> tuple[int, int, int]:
+def activations(model: Transformer, part: Part, row: list[int], scored: int, world: World) -> tuple[int, int, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, what that makes of one block at a time, and
-    a GPU's masks for the row.  The first two grow with its tokens, and are measured on a pair's first few."""
-    prompt, chosen, rejected = part.pairs[0][:3]
-    pair, found = Pair(prompt[:2 * SHORT], chosen[:SHORT], rejected[:SHORT], None, ""), []
-    tokens = sum(part.schedule.costs[i] for i in row)
+    a GPU's masks for the row.  The first two grow with its tokens, and are measured on a few of a pair, of which as
+    many are scored as in the row."""
+    tokens, (prompt, *both), found = sum(part.schedule.costs[i] for i in row), part.pairs[row[0]][:3], []
+    unscored = min(16 * SHORT, round(2 * SHORT * (tokens - scored) / scored))
+    pair = Pair(prompt[:max(1, unscored)], *(ids[:SHORT] for ids in both), None, "")
     for checkpointed in sorted({False, model.checkpointed}):         # as it is again in the end
         model.checkpointed = checkpointed
         one, two = (kept(model, [pair[:3]] * count, world) for count in (1, 2))
@@ -487,7 +488,7 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
     several = max(map(len, steps)) > 1                             # rows a step: FSDP2 shares out the sum of gradients
     gradients = size(trained) // (1 if several else own)
     gathered = whole - size(model.blocks.parameters()) + 2 * size(model.blocks[0].parameters())
-    forward, block, masks = activations(model, part, row, world)
+    forward, block, masks = activations(model, part, row, scored, world)
     forward += size([table] * table.requires_grad)                 # its gradient, beside that of earlier rows
     if world.device.type == "cuda" and not several and (world.shard or world.size == 1):
         forward = max(0, forward - gradients)  # there are none: they come as activations go (a CPU's heap keeps both)
