@@ -463,8 +463,8 @@ def kept(model: Transformer, groups: list, world: World) -> int:
 
 def activations(model: Transformer, part: Part, row: list[int], scored: int, world: World) -> tuple[int, int, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, what that makes of one block at a time, and
-    a GPU's masks for the row.  The first two grow with its tokens, and are measured on a few of a pair, of which as
-    many are scored as in the row."""
+    a GPU's masks for the row.  The first two grow with its tokens, and are measured on a pair cut short, with as large
+    a share of scored tokens as the row has."""
     tokens, (prompt, *both), found = sum(part.schedule.costs[i] for i in row), part.pairs[row[0]][:3], []
     unscored = min(16 * SHORT, round(2 * SHORT * (tokens - scored) / scored))
     pair = Pair(prompt[:max(1, unscored)], *(ids[:SHORT] for ids in both), None, "")
