@@ -391,10 +391,11 @@ class Head(torch.autograd.Function):
                 torch.sum(logits.mul_(p), -1, out=inside[i])
             room -= p.numel()
             ctx.kept += [p] * (room >= 0)
-        log_z = (top + mass.log()).logsumexp(0)                      # (N,)
-        entropies = ((mass * (log_z - top) - inside) * (top - log_z).exp()).sum(0) if entropy else None
+        log_z = (top + mass.log()).double().logsumexp(0)             # (N,) sums of sums are few: in float64
+        lead = log_z - top                                           # (S, N)
+        entropies = ((mass * lead - inside) * lead.neg().exp()).sum(0).to(exact) if entropy else None
+        ctx.width, log_z = width, log_z.to(exact)
         ctx.save_for_backward(x, weight, target, log_z, top)
-        ctx.width = width
         ctx.mark_non_differentiable(*[entropies] * entropy)
         return (x.to(exact) * weight[target]).sum(-1) - log_z, entropies
 
