@@ -324,6 +324,16 @@ def test_chunked_head_equals_dense(make_model, monkeypatch, chunk, kept):
     assert seen.size < scored if chunk <= 7 else seen.size >= scored
 
 
+@pytest.mark.parametrize("spread", [0.3, 5, 16], ids=["unsure", "sure", "certain"])
+def test_entropy_against_float64(spread):
+    """Also where it is all but 0, a difference of large numbers."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 256, generator=draw), torch.randn(5000, 256, generator=draw) * spread / 16
+    log_p = (x.double() @ weight.double().t()).log_softmax(-1)
+    _, entropy = model_py.Head.apply(x, weight, torch.zeros(400, dtype=torch.long), 256, True)
+    assert (entropy + (log_p.exp() * log_p).sum(-1)).abs().max() < 3e-5 and entropy.min() >= 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_generation_equals_transformers(make_model, name):
     folder, prompts = make_model(name), [[5, 300, 17, 88], [7], list(range(40, 62))]
