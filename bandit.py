@@ -60,7 +60,7 @@ def draw_pairs(rng, chances: Tensor, count) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Engine.  A policy is pi = ref * exp(u / beta) / Z; the losses see u only: beta enters when a policy is read off.
 
-def fit(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e-10) -> Tensor:
+def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e-10) -> Tensor:
     """The u (..., n) with the least mean loss over all pairs of all prompts: one policy for the P prompts of
     wins (..., P, n, n) with dispersions lam (..., P); everything before P is independent fits, done at once.
 
@@ -303,7 +303,7 @@ def optimum(opt) -> Result:
     phis, rows, claims = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98], [], []
     lam = to_lam(phis)[:, None]
     for method in opt.methods:
-        u = fit(METHODS[method], truth(opt.n, lam), lam)                                  # (phis, n)
+        u = fit_policy(METHODS[method], truth(opt.n, lam), lam)                                  # (phis, n)
         slope, best = slope_per_rank(u).tolist(), torch.softmax(u / opt.beta, -1)[:, 0].tolist()
         rows += [{"method": method, "phi": phi, "slope": slope[k], "best": best[k]} for k, phi in enumerate(phis)]
         claims.append((f"{method} learns 1 nat a rank at every dispersion", max(abs(s - 1) for s in slope) < 1e-3,
@@ -348,7 +348,7 @@ def frontier(opt) -> Result:
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
         known = count == "infinite"
         wins = chances if known else draw_pairs(rng, chances.expand(opt.seeds, -1, -1, -1), count)
-        policies = {method: fit(METHODS[method], wins[..., None, :, :], lam[:, None]) for method in opt.methods}
+        policies = {method: fit_policy(METHODS[method], wins[..., None, :, :], lam[:, None]) for method in opt.methods}
         for judge, place in places.items():
             for method, u in (({"best possible": -place} if known else {}) | policies).items():
                 mean, se = mean_se(place_at_kl(u, place, .5))
@@ -380,7 +380,7 @@ def samples(opt) -> Result:
     wins = draw_pairs(rng, truth(opt.n, lam).expand(opt.seeds, len(counts), -1, -1, -1), counts.numpy())
     target, regret = torch.log_softmax(-torch.arange(opt.n, dtype=F64) / opt.beta, -1), {}
     for method in ("dpo", "mallows-phi"):
-        policy = torch.log_softmax(fit(METHODS[method], wins[..., None, :, :], lam[:, None]) / opt.beta, -1)
+        policy = torch.log_softmax(fit_policy(METHODS[method], wins[..., None, :, :], lam[:, None]) / opt.beta, -1)
         regret[method] = opt.beta * (policy.exp() * (policy - target)).sum(-1)            # (S, counts, phis)
     for c, k in np.ndindex(*counts.shape):
         dpo, ours = regret["dpo"][:, c, k], regret["mallows-phi"][:, c, k]
@@ -415,10 +415,10 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
         wins = draw_pairs(rng, train, count)
         for name, (link, index) in indices.items():
             if name == "dpo, one policy each":
-                u = fit(link, wins[..., None, :, :], lam[..., None])                      # (S, P, n)
+                u = fit_policy(link, wins[..., None, :, :], lam[..., None])                      # (S, P, n)
                 loss = excess(link, u, lam[..., None], test[..., None, :, :]).mean(-1)
             else:
-                u = fit(link, wins, index)                                                # (S, n)
+                u = fit_policy(link, wins, index)                                                # (S, n)
                 loss = excess(link, u, index, test)
             dpo = loss if name == "dpo" else dpo                                          # the first of them
             (mean, se), (ahead, ahead_se) = mean_se(loss), mean_se(loss - dpo)
@@ -453,13 +453,13 @@ def noise(opt) -> Result:
         log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
         chances = truth(opt.n, log_lam.exp())
         wins = draw_pairs(rng, chances, (opt.pairs or [256])[0])
-        dpo = excess("sigmoid", fit("sigmoid", wins, log_lam), log_lam, chances)
+        dpo = excess("sigmoid", fit_policy("sigmoid", wins, log_lam), log_lam, chances)
         for r in (0, .25, .5, .75, 1, 1.25, 1.5):
             guess = log_lam + r * spread * torch.from_numpy(rng.standard_normal(log_lam.shape))
             middle = guess.mean(-1, keepdim=True)
             for form, power in (("as is", 1), ("shrunk", 1 / (1 + r * r))):
                 index = (middle + power * (guess - middle)).exp().clamp(max=30)
-                ratio, se = ratio_se(excess("mallows-phi", fit("mallows-phi", wins, index), index, chances), dpo)
+                ratio, se = ratio_se(excess("mallows-phi", fit_policy("mallows-phi", wins, index), index, chances), dpo)
                 rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se,
                              "line": f"{form}, {spread}"})
     return Result(rows, [(f"phi beats DPO with an index of noise r = {r}, {form}", max(ratio) < 1,

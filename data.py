@@ -463,7 +463,7 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -
             yield where, BadData(f"{error!s:.500}"), None
 
 
-def fit(ids, bos: list[int], max_tokens: int) -> list[int] | None:
+def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
     """The prompt of (prompt, chosen, rejected), cut from the left as far as it must be; None if that is not enough."""
     prompt, room = ids[0], max_tokens - max(len(ids[1]), len(ids[2]))
     if room < len(bos) + 1:
@@ -486,7 +486,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
                 raise BadData(f"{where}: {record}")
             bad += 1
             continue
-        prompt = fit(ids, tokenizer.bos, max_tokens)
+        prompt = truncate_prompt(ids, tokenizer.bos, max_tokens)
         if prompt is None:
             dropped.append(where)
             continue
@@ -542,7 +542,7 @@ def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -
         count += multiple
 
 
-class Rows(NamedTuple):
+class PackedRow(NamedTuple):
     """What the model needs to score groups of responses that share a prompt, [prompt | response | response | ...]."""
     tokens: Tensor               # (1, T)
     positions: Tensor            # (1, T) every response continues the prompt's positions
@@ -555,13 +555,13 @@ class Rows(NamedTuple):
     def inputs(self) -> tuple[Tensor, ...]:
         return self[:5]
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum_by_response(self, values: Tensor) -> Tensor:
         """(N,) values of scored tokens -> (P, R) sums over each response, added up in float64: in any order alike."""
         zeros = torch.zeros(self.length.numel(), dtype=torch.float64, device=values.device)
         return zeros.index_add(0, self.owner, values.double()).view(self.length.shape).to(values.dtype)
 
 
-def collate(groups: list[tuple[np.ndarray, ...]], device: str | torch.device = "cpu", branches: int = 16) -> Rows:
+def collate(groups: list[tuple[np.ndarray, ...]], device: str | torch.device = "cpu", branches: int = 16) -> PackedRow:
     """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row."""
     tokens, positions, segments, source, target, owner, at = [], [], [], [], [], [], 0
     for g, (prompt, *responses) in enumerate(groups):
@@ -577,13 +577,13 @@ def collate(groups: list[tuple[np.ndarray, ...]], device: str | torch.device = "
             at += max(0, len(ids) - 1)
 
     def tensor(parts):
-        return send(np.concatenate(parts), device)
-    return Rows(tensor(tokens)[None], tensor(positions)[None], tensor(segments)[None],
+        return to_device(np.concatenate(parts), device)
+    return PackedRow(tensor(tokens)[None], tensor(positions)[None], tensor(segments)[None],
                 tensor(source), tensor(target), tensor(owner),
-                send([[len(ids) for ids in responses] for _, *responses in groups], device))
+                to_device([[len(ids) for ids in responses] for _, *responses in groups], device))
 
 
-def send(values, device: str | torch.device) -> Tensor:
+def to_device(values, device: str | torch.device) -> Tensor:
     """Integers as a tensor on the device; the program goes on while a GPU fetches them, from pinned memory."""
     tensor = torch.as_tensor(values, dtype=torch.int64)
     return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
@@ -620,7 +620,7 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
             for digest, *parts in zip(digests, np.split(logp, ends), np.split(entropy, ends))}
 
 
-def lock(path: Path, wait: bool = True):
+def lock_file(path: Path, wait: bool = True):
     """An open file; nobody else gets it from here until it is closed, or its process dies.
 
     Raises BlockingIOError if another process has it and `wait` is False.
@@ -633,7 +633,7 @@ def lock(path: Path, wait: bool = True):
 
 def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
     """Add scores to the file, as others may do at the same time; what it has, stays."""
-    with lock(path.with_name(path.name + ".lock")):
+    with lock_file(path.with_name(path.name + ".lock")):
         scores = scores | read_reference(path, key)
         tensors = {"digest": torch.tensor(np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16).copy()),
                    "length": torch.tensor([len(s.logp) for s in scores.values()], dtype=torch.int32),
@@ -819,7 +819,7 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
                     bad.append((f"{where}: {record}", str(record)))
                     continue
                 prompt, chosen, rejected, *_, form = record
-                kept = fit(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
+                kept = truncate_prompt(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
                 facts.append(([len(part) for part in ids], form, None if kept is None else len(kept) < len(ids[0]),
                               plain(chosen).startswith(" ") + plain(rejected).startswith(" "), digest(prompt),
                               digest(prompt, chosen, rejected), digest(prompt, rejected, chosen)))

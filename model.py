@@ -557,11 +557,11 @@ class Transformer(nn.Module):
             new = torch.tensor([[token or 0] for token in tokens], device=device)
 
     @torch.no_grad()
-    def whole(self, name: str) -> Tensor:
+    def merged_weight(self, name: str) -> Tensor:
         """A parameter by its name, on the CPU and put together, with its update of low rank."""
-        module, weight = self.get_submodule(name.rpartition(".")[0]), full(self.get_parameter(name))
+        module, weight = self.get_submodule(name.rpartition(".")[0]), to_cpu(self.get_parameter(name))
         if isinstance(module, LowRank) and name.endswith(".weight"):
-            weight = weight.float() + module.scale * full(module.B) @ full(module.A)
+            weight = weight.float() + module.scale * to_cpu(module.B) @ to_cpu(module.A)
         return weight
 
     # --- Hugging Face folders ------------------------------------------------------------------------------
@@ -614,7 +614,7 @@ class Transformer(nn.Module):
             if origin.family.by_head and len(ours) > 1:
                 tensor = take_turns(tensor, config.heads, len(ours))
             for p, part in zip(ours, tensor.split(sizes)):
-                have[p] = put(part.to(device, dtype if part.dim() > 1 else torch.float32).contiguous(), places[p])
+                have[p] = to_shard(part.to(device, dtype if part.dim() > 1 else torch.float32).contiguous(), places[p])
         if config.tied and have.keys() & {"embed.weight", "head.weight"}:
             embed = have.setdefault("embed.weight", have.get("head.weight"))
             if not torch.equal(embed, have.setdefault("head.weight", embed)):
@@ -627,13 +627,13 @@ class Transformer(nn.Module):
             model.head.weight = model.embed.weight
         return model
 
-    def stored(self, name: str) -> Tensor:
+    def to_hf(self, name: str) -> Tensor:
         """A tensor of the folder by the name it has there."""
         if name in self.origin.buffers:
             return self.origin.buffers[name]
         family = self.origin.family
         ours, transposed = family.find(name, self.config.layers)
-        stacked = torch.cat([self.whole(p) for p in ours])
+        stacked = torch.cat([self.merged_weight(p) for p in ours])
         if family.by_head and len(ours) > 1:
             stacked = take_turns(stacked, len(ours), self.config.heads)
         return (stacked.t() if transposed else stacked).to(self.origin.tensors[name][1], copy=True).contiguous()
@@ -642,14 +642,14 @@ class Transformer(nn.Module):
         """Write the folder that from_pretrained read, with these weights: same files, tensor names, shapes, dtypes.
 
         Everything is written beside its place, forced to the disk and then renamed: no file is ever half written.
-        Ranks that share the weights out must all ask for each of origin.tensors as `stored`, in their order.
+        Ranks that share the weights out must all ask for each of origin.tensors as `to_hf`, in their order.
         """
         folder, origin = Path(folder), self.origin
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         for file in dict.fromkeys(file for file, _ in origin.tensors.values()):
-            tensors = {name: self.stored(name) for name, (where, _) in origin.tensors.items() if where == file}
+            tensors = {name: self.to_hf(name) for name, (where, _) in origin.tensors.items() if where == file}
             save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
             (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
         for name, content in origin.files.items():
@@ -668,7 +668,7 @@ class Transformer(nn.Module):
                 for key in DROPOUTS if settings.get(key)]
 
 
-def put(tensor: Tensor, place: Tensor) -> Tensor:
+def to_shard(tensor: Tensor, place: Tensor) -> Tensor:
     """The tensor, or this rank's share of it if `place` is shared out."""
     if not hasattr(place, "placements"):
         return tensor
@@ -676,7 +676,7 @@ def put(tensor: Tensor, place: Tensor) -> Tensor:
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
-def full(tensor: Tensor) -> Tensor:
+def to_cpu(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, put together if ranks share it out; all of them must ask."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 

@@ -53,14 +53,26 @@ from data import (
     compare_at,
     find_model,
     load_pairs,
-    lock,
+    lock_file,
     read_reference,
-    send,
+    to_device,
     write_jsonl,
     write_reference,
 )
 from mallowspo import LOSSES, Method, Outcome
-from model import CHUNK, KEPT, TARGETS, BadModel, Transformer, add_lora, fsync, full, put, read_json, save_adapter
+from model import (
+    CHUNK,
+    KEPT,
+    TARGETS,
+    BadModel,
+    Transformer,
+    add_lora,
+    fsync,
+    read_json,
+    save_adapter,
+    to_cpu,
+    to_shard,
+)
 
 
 class BadConfig(ValueError):
@@ -242,7 +254,7 @@ class World(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over ranks."""
         if self.size > 1:
             dist.all_reduce(values)
@@ -252,7 +264,7 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
-    def agree(self, job: Callable):
+    def on_rank0(self, job: Callable):
         """What job() returns on rank 0, or raises there, on all ranks."""
         result = [None]
         if self.rank == 0:
@@ -308,7 +320,7 @@ def join_world(cfg: Config) -> World:
     return World(0, 1, device, dtype)
 
 
-def share_out(model: Transformer, world: World) -> None:
+def apply_fsdp(model: Transformer, world: World) -> None:
     """FSDP2: each rank keeps a share of every parameter; a block's are gathered when it runs."""
     from torch.distributed.device_mesh import init_device_mesh  # seconds, for those who need them
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -319,7 +331,7 @@ def share_out(model: Transformer, world: World) -> None:
     register_fsdp_forward_method(model, "predict")
 
 
-def exchange(policy, world: World, now: bool):
+def gradient_sync(policy, world: World, now: bool):
     """The ranks add up their gradients in the backward pass inside; or later, with those of the rows that follow."""
     if world.shard:
         policy.set_requires_gradient_sync(now)
@@ -336,7 +348,7 @@ def fingerprint(model: Transformer, world: World) -> str:
     for name, _ in model.named_parameters():
         if not name.endswith((".A", ".B")):                          # LoRA's: they change nothing yet
             digest.update(name.encode())
-            digest.update(model.whole(name).contiguous().view(torch.uint8).numpy().data)
+            digest.update(model.merged_weight(name).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -390,7 +402,7 @@ def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pa
 # 4. Pairs, with all that the loss wants to know of them
 
 @dataclass
-class Part:
+class Split:
     """The training pairs, or the held-out ones."""
     pairs: list[Pair]
     schedule: Schedule
@@ -400,7 +412,7 @@ class Part:
     weight: Tensor                      # (P,)
 
     @classmethod
-    def plan(cls, pairs: list[Pair], cfg: Config, world: World, steps: int | None) -> "Part":
+    def plan(cls, pairs: list[Pair], cfg: Config, world: World, steps: int | None) -> "Split":
         costs = [pair.cost() for pair in pairs]
         longest = max(range(len(pairs)), key=costs.__getitem__)
         budget = cfg.tokens_per_row or max(costs[longest], 16384 if world.device.type == "cuda" else 2048)
@@ -461,7 +473,7 @@ def kept(model: Transformer, groups: list, world: World) -> int:
     return sum(found.values())
 
 
-def activations(model: Transformer, part: Part, row: list[int], scored: int, world: World) -> tuple[int, int, int]:
+def activations(model: Transformer, part: Split, row: list[int], scored: int, world: World) -> tuple[int, int, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, what that makes of one block at a time, and
     a GPU's masks for the row.  The first two grow with its tokens, and are measured on a pair cut short, with as large
     a share of scored tokens as the row has."""
@@ -476,7 +488,7 @@ def activations(model: Transformer, part: Part, row: list[int], scored: int, wor
     return found[-1], found[0] // model.config.layers, masks * tokens ** 2 * world.dtype.itemsize
 
 
-def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
+def memory(model: Transformer, part: Split, world: World) -> dict[str, int]:
     """Bytes that the steps will take in each process, beside the program itself."""
     def size(parameters):
         return sum(p.numel() * p.itemsize for p in parameters)
@@ -501,12 +513,12 @@ def memory(model: Transformer, part: Part, world: World) -> dict[str, int]:
             "head": max(0, head - block)}                              # it is done before a block's turn comes
 
 
-def judge(policy, method: Method, part: Part, indices: list[int], world: World) -> Outcome:
+def score_pairs(policy, method: Method, part: Split, indices: list[int], world: World) -> Outcome:
     """The policy's scores of one row of pairs against the reference's: what training and evaluation both do."""
-    row, at = collate([part.pairs[i][:3] for i in indices], world.device), send(indices, world.device)
+    row, at = collate([part.pairs[i][:3] for i in indices], world.device), to_device(indices, world.device)
     with world.autocast():
         logp, _ = policy(*row.inputs())
-    return mallowspo.objective(method, row.total(logp), part.ref_logp[at], row.length, part.weight[at])
+    return mallowspo.objective(method, row.sum_by_response(logp), part.ref_logp[at], row.length, part.weight[at])
 
 
 def sums(outcome: Outcome) -> Tensor:
@@ -514,14 +526,14 @@ def sums(outcome: Outcome) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, method: Method, part: Part, world: World) -> dict[str, float]:
+def evaluate(model: Transformer, method: Method, part: Split, world: World) -> dict[str, float]:
     """Means over all held-out pairs, on all ranks."""
     total = torch.zeros(len(Outcome._fields), device=world.device)
     for step in range(part.steps):
         for row in part.schedule.rows(step, world.rank, world.size):
             if row or world.shard:                                   # then all ranks run equally often
-                total += bool(row) * sums(judge(model, method, part, row or part.schedule.batch(0)[:1], world))
-    means = (world.total(total) / len(part.pairs)).tolist()
+                total += bool(row) * sums(score_pairs(model, method, part, row or part.schedule.batch(0)[:1], world))
+    means = (world.sum_over_ranks(total) / len(part.pairs)).tolist()
     return dict(zip(Outcome._fields, means))
 
 
@@ -593,7 +605,7 @@ def save_checkpoint(cfg: Config, state: dict, model: Transformer, optimizer: Ada
     new = out / "checkpoint" / "new"
     for name, p in model.named_parameters():
         for kind, value in {"weight": p, **optimizer.state[p]}.items() if p.requires_grad else ():
-            value = full(value)
+            value = to_cpu(value)
             if world.rank == 0:
                 tensors[f"{kind}.{name}"] = value
     if world.rank:
@@ -632,9 +644,9 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: AdamW) -> None:
                 raise BadConfig(f"--resume: {folder}: state.safetensors has {key!r:.300}, which is not of this model")
             tensor = file.get_tensor(key).to(p.device, copy=True)      # the file goes soon
             if kind == "weight":
-                p.data.copy_(put(tensor, p))
+                p.data.copy_(to_shard(tensor, p))
             else:
-                optimizer.state[p][kind] = put(tensor, p) if tensor.dim() else tensor
+                optimizer.state[p][kind] = to_shard(tensor, p) if tensor.dim() else tensor
 
 
 def sha256(path: Path) -> str:
@@ -642,7 +654,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def first_state(cfg: Config, record: dict) -> dict | None:
+def start_or_resume(cfg: Config, record: dict) -> dict | None:
     """What the steps start from: nothing, or with --resume the newest checkpoint; None if the run is finished.
 
     Raises BadConfig if that is of another run, or damaged, or there and not to be resumed.
@@ -661,7 +673,7 @@ def first_state(cfg: Config, record: dict) -> dict | None:
     wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
     if wrong or state.get("step", 0) < 0:
         raise BadConfig(f"--resume: {where} says nothing usable of {', '.join(wrong) or 'step'}; remove the folder")
-    old, new = fixed(state.get("run", state)), fixed(record)
+    old, new = must_match(state.get("run", state)), must_match(record)
     changed = ", ".join(f"{name} ({old.get(name)!s:.12}, now {value!s:.12})" for name, value in new.items()
                         if old.get(name) != value)
     if changed:
@@ -677,12 +689,13 @@ def first_state(cfg: Config, record: dict) -> dict | None:
     return {**state, "run": record}
 
 
-def fixed(record: dict) -> dict:
+def must_match(record: dict) -> dict:
     """What must be alike in a run that is resumed: settings, as JSON has them, and the contents behind some."""
     config, defaults = record.get("config"), {f.name: f.default for f in dataclasses.fields(Config)}
     known = {**defaults, **config} if isinstance(config, dict) else {}       # a run older than a flag had its default
     settings = {"schema": record.get("schema"), **known}
-    return finite({name: record.get(f"{name}_sha256", settings[name]) for name in settings if name not in MAY_CHANGE})
+    return nan_to_null({name: record.get(f"{name}_sha256", settings[name])
+                        for name in settings if name not in MAY_CHANGE})
 
 
 @contextlib.contextmanager
@@ -705,7 +718,7 @@ def deferred_signals():
 # ---------------------------------------------------------------------------------------------------------------
 # 7. The loop
 
-def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world: World, state: dict, signals: list,
+def train(cfg: Config, model: Transformer, part: Split, held: Split | None, world: World, state: dict, signals: list,
           metrics, evaluations, on_step=None) -> None:
     """Run the steps of `part` that `state` has not behind it; `metrics` and `evaluations` take dicts,
     `on_step(step, model)` is called before each step and after the last."""
@@ -731,12 +744,12 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
         if step == part.steps:
             break
         began = time.perf_counter()
-        means, bad, stop = gradient(policy, scaler, cfg.method, part, step, world, signals)
+        means, bad, stop = train_step(policy, scaler, cfg.method, part, step, world, signals)
         if step == 0 and cfg.method.link and cfg.method.alpha:
             world.say(f"check       the first loss is {means['loss']:.6f}; of a policy that equals its reference it is "
                       f"{loss_at_start(cfg.method, part):.6f}")
         scaler.unscale_(optimizer)
-        norm = full(torch.nn.utils.get_total_norm([p.grad for p in trained]))
+        norm = to_cpu(torch.nn.utils.get_total_norm([p.grad for p in trained]))
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, part.steps)
         if bad or (not math.isfinite(norm.item()) and scaler.get_scale() <= 1):   # above 1 it is float16's doing
             world.say(skip(cfg, part, step, bad, state["skipped"]))
@@ -756,7 +769,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
         every, done = cfg.save_every, step + 1
         due = now - saved > SAVE_SECONDS if every is None else every and done % every == 0
         if world.shard:
-            due, = world.agree(lambda due=due: [due])
+            due, = world.on_rank0(lambda due=due: [due])
         if (world.rank == 0 or world.shard) and every != 0 and (due or stop or done == part.steps):
             state.update(step=done, seconds=now - start, scaler=scaler.state_dict())
             save_checkpoint(cfg, state, model, optimizer, world)
@@ -766,7 +779,7 @@ def train(cfg: Config, model: Transformer, part: Part, held: Part | None, world:
             raise KeyboardInterrupt((signals or [signal.SIGTERM])[0])
 
 
-def skip(cfg: Config, part: Part, step: int, bad: list[int], skipped: list[int]) -> str:
+def skip(cfg: Config, part: Split, step: int, bad: list[int], skipped: list[int]) -> str:
     """Note a step whose loss (of the pairs in `bad`) or gradient is not finite, or raise RunFailed."""
     where = [part.pairs[i].where for i in bad or part.schedule.batch(step)]
     what = (f"the {'loss' if bad else 'gradient'} is not finite; look at --lr, --beta, and "
@@ -777,7 +790,7 @@ def skip(cfg: Config, part: Part, step: int, bad: list[int], skipped: list[int])
     return f"step {step:>5}  skipped: {what}"
 
 
-def gradient(policy, scaler, method: Method, part: Part, step: int, world: World,
+def train_step(policy, scaler, method: Method, part: Split, step: int, world: World,
              signals: list) -> tuple[dict[str, float], list[int], bool]:
     """Accumulate the gradient of the mean loss over all pairs of the step.
 
@@ -786,11 +799,11 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
     """
     batch, rows = part.schedule.batch(step), part.schedule.rows(step, world.rank, world.size)
     n, outcomes = len(Outcome._fields), []
-    places = send([n + 1 + batch.index(i) for row in rows for i in row], world.device)       # in `total` below
+    places = to_device([n + 1 + batch.index(i) for row in rows for i in row], world.device)       # in `total` below
     for i, row in enumerate(rows):
-        with exchange(policy, world, now=i + 1 == len(rows)):
+        with gradient_sync(policy, world, now=i + 1 == len(rows)):
             # --- the method: everything else in this loop is bookkeeping ------------------------------------
-            outcome = judge(policy, method, part, row or batch[:1], world)
+            outcome = score_pairs(policy, method, part, row or batch[:1], world)
             counts = bool(row)                                     # an empty row takes part, and counts for nothing
             loss = counts * outcome.loss.sum() / len(batch)
             # ------------------------------------------------------------------------------------------------
@@ -802,12 +815,12 @@ def gradient(policy, scaler, method: Method, part: Part, step: int, world: World
     total[:n] = outcomes.sum(1)
     total[n:n + 1] = bool(signals)                                 # all ranks stop alike (total[n] waits for a GPU)
     total[places] = (~torch.isfinite(outcomes[0])).float()
-    values = world.total(total).tolist()                           # until here nothing has waited for a GPU
+    values = world.sum_over_ranks(total).tolist()                           # until here nothing has waited for a GPU
     means = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
     return means, [i for i, x in zip(batch, values[n + 1:]) if x], bool(values[n])
 
 
-def loss_at_start(method: Method, part: Part) -> float:
+def loss_at_start(method: Method, part: Split) -> float:
     """The first step's loss if the policy's scores are the reference's: ln 2 for the logistic links."""
     batch = part.schedule.batch(0)
     length = torch.tensor([[len(part.pairs[i].chosen), len(part.pairs[i].rejected)] for i in batch])
@@ -846,9 +859,9 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     """Everything from a folder and a file to a trained folder."""
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    folder = world.agree(lambda: str(find_model(cfg.model)))       # the first rank fetches what is on the hub
+    folder = world.on_rank0(lambda: str(find_model(cfg.model)))       # the first rank fetches what is on the hub
     kind = world.dtype if cfg.lora_rank and world.device.type == "cuda" else DTYPES[cfg.param_dtype]
-    shard = (lambda model: share_out(model, world)) if world.shard else None
+    shard = (lambda model: apply_fsdp(model, world)) if world.shard else None
     model, tokenizer = Transformer.from_pretrained(folder, world.device, kind, shard), Tokenizer(folder)
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
@@ -879,14 +892,14 @@ def fit(cfg: Config, world: World, on_step: Callable | None = None) -> None:
     if cfg.dry_run:
         return
     if cfg.reference:
-        world.agree(lambda: claim(Path(cfg.reference + ".lock"), wait=True).close())
+        world.on_rank0(lambda: lock_folder(Path(cfg.reference + ".lock"), wait=True).close())
     with contextlib.ExitStack() as mine:
         need = checkpoint_size(cfg, model) * (1 if cfg.save_every == 0 else 2)
-        world.agree(lambda: mine.enter_context(claim(out / "lock", need)).name)
+        world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", need)).name)
         run(cfg, model, tokenizer, part, held, world, on_step)
 
 
-def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held: Part | None, world: World,
+def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Split, held: Split | None, world: World,
         on_step: Callable | None) -> None:
     """In a folder that is this run's alone, from the reference pass to what is left of a finished run."""
     out, key = Path(cfg.out), fingerprint(model, world)
@@ -894,10 +907,10 @@ def run(cfg: Config, model: Transformer, tokenizer: Tokenizer, part: Part, held:
               "steps": part.steps, "pairs": len(part.pairs), "held_out": len(held.pairs) if held else 0,
               "model_sha256": key, "data_sha256": part.digest(), "eval_data_sha256": held.digest() if held else None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    state = world.agree(lambda: first_state(cfg, record))
+    state = world.on_rank0(lambda: start_or_resume(cfg, record))
     if state is None:
         return
-    record["phi_star"] = weigh(cfg, model, key, part, held, world)
+    record["phi_star"] = prompt_weights(cfg, model, key, part, held, world)
     world.say(f"plan        {part.steps} steps of {min(cfg.batch_size, len(part.pairs))} pairs, "
               f"{part.steps / part.schedule.steps_per_epoch:.2f} epochs; rows of at most "
               f"{part.schedule.tokens_per_row} tokens")
@@ -943,12 +956,12 @@ def log(path: Path, first: int, world: World):
         file.truncate(end)
 
         def append(row):
-            file.write(json.dumps(finite(row)).encode() + b"\n")
+            file.write(json.dumps(nan_to_null(row)).encode() + b"\n")
             file.flush()
         yield append
 
 
-def finite(content):
+def nan_to_null(content):
     """JSON has no nan and no infinity: null stands for them."""
     return json.loads(json.dumps(content), parse_constant=lambda name: None)
 
@@ -956,7 +969,7 @@ def finite(content):
 RECORD_HAS = {"field": "dispersion", "votes": "votes"}     # what --dispersion takes from each record
 
 
-def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> tuple[Part, Part | None]:
+def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> tuple[Split, Split | None]:
     """The training pairs and the held-out ones, planned."""
     limit = model.config.positions
     if cfg.max_tokens is not None and cfg.max_tokens > limit:
@@ -984,11 +997,12 @@ def load_parts(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wor
             raise BadConfig(f"--eval-pairs {cfg.eval_pairs} leaves none of the {len(pairs)} pairs to train on")
         order = np.random.default_rng(cfg.seed).permutation(len(pairs))
         held, pairs = ([pairs[i] for i in sorted(part)] for part in np.split(order, [count]))
-    part = Part.plan(pairs, cfg, world, cfg.steps or (cfg.epochs or 1) * math.ceil(len(pairs) / cfg.batch_size))
-    return part, Part.plan(held, cfg, world, None) if held else None
+    part = Split.plan(pairs, cfg, world, cfg.steps or (cfg.epochs or 1) * math.ceil(len(pairs) / cfg.batch_size))
+    return part, Split.plan(held, cfg, world, None) if held else None
 
 
-def weigh(cfg: Config, model: Transformer, key: str, part: Part, held: Part | None, world: World) -> float | None:
+def prompt_weights(cfg: Config, model: Transformer, key: str, part: Split, held: Split | None,
+                   world: World) -> float | None:
     """The reference pass, and from it the weight of every prompt; returns phi_star."""
     method, parts = cfg.method, [part, held] if held else [part]
     if method.link and (method.alpha or method.dispersion == "entropy"):
@@ -1017,12 +1031,12 @@ def weigh(cfg: Config, model: Transformer, key: str, part: Part, held: Part | No
 
 # --- the run's folder ---------------------------------------------------------------------------------------
 
-def claim(path: Path, need: int = 0, wait: bool = False):
+def lock_folder(path: Path, need: int = 0, wait: bool = False):
     """Make a folder and take its lock, until that is closed.  Raises BadConfig if there is no lock, or no room."""
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = lock(path, wait)
+        mine = lock_file(path, wait)
     except BlockingIOError:
         raise BadConfig(f"{folder}: another run is writing there; choose another --out") from None
     except OSError as error:
@@ -1036,12 +1050,12 @@ def claim(path: Path, need: int = 0, wait: bool = False):
 
 def write_json(path: Path, content: dict) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(nan_to_null(content), indent=2) + "\n", encoding="utf-8")
     fsync(new)
     os.replace(new, path)
 
 
-def write_records(out: Path, cfg: Config, part: Part, record: dict, world: World) -> None:
+def write_records(out: Path, cfg: Config, part: Split, record: dict, world: World) -> None:
     """run.json, and what became of the dispersion of every pair that is visited: dispersion.jsonl."""
     if world.rank == 0:
         phi = torch.exp(-mallowspo.lam_of(cfg.method, part.weight)).tolist()
@@ -1068,7 +1082,7 @@ def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> No
     others give their shares."""
     if world.rank:
         for name in model.origin.tensors if world.shard else ():
-            model.stored(name)
+            model.to_hf(name)
         return
     if cfg.lora_rank:
         save_adapter(model, out / "adapter", cfg.model)
@@ -1105,7 +1119,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    world.agree(lambda: claim(out / "lock").close())
+    world.on_rank0(lambda: lock_folder(out / "lock").close())
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -1150,7 +1164,7 @@ def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer
         groups = [(np.array(tokenizer.prompt(population.prompt(name, q))), *sides) for name in NEW_NAMES]
         row = collate(groups, world.device)
         with world.autocast():
-            logp.append(row.total(model(*row.inputs())[0]).cpu())                         # (N, A)
+            logp.append(row.sum_by_response(model(*row.inputs())[0]).cpu())                         # (N, A)
     return torch.stack(logp)
 
 

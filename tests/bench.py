@@ -183,13 +183,13 @@ def ours(job: dict) -> dict:
     world = train.join_world(cfg)
     torch.manual_seed(cfg.seed)
     model = Transformer.from_pretrained(cfg.model, world.device,
-                                        shard=(lambda model: train.share_out(model, world)) if cfg.shard else None)
+                                        shard=(lambda model: train.apply_fsdp(model, world)) if cfg.shard else None)
     if job["compile"]:
         model.compile_blocks()
     encode, lines = encoder(Path(cfg.model)), Path(job["work"], "pairs.jsonl").read_text().splitlines()
     pairs = [Pair(*(np.array(ids, dtype=np.int32) for ids in encode(json.loads(line))), None, str(i))
              for i, line in enumerate(lines)]
-    part = train.Part.plan(pairs, cfg, world, cfg.steps)
+    part = train.Split.plan(pairs, cfg, world, cfg.steps)
     scores, before = Path(job["work"], f"reference{job['born']}.safetensors"), clock.now()
     known = train.score_reference(model, scores, train.fingerprint(model, world), part.rows(world), world)
     part.attach(known, model.config.vocab_size)
@@ -209,7 +209,7 @@ def ours(job: dict) -> dict:
                          graphs=dynamo.counters["stats"]["unique_graphs"] if dynamo else 0, **facts(model, part))
     ranks = torch.zeros(world.size + 2, device=world.device)
     ranks[world.rank], ranks[-2], ranks[-1] = found["peak_mb"], sum(sizes), len(sizes)
-    *peaks, positions, rows = world.total(ranks).tolist()
+    *peaks, positions, rows = world.sum_over_ranks(ranks).tolist()
     return {**found, "peak_mb": max(peaks), "peaks_mb": peaks, "positions": positions, "rows": rows,
             "estimate": {k: n / 2 ** 20 for k, n in train.memory(model, part, world).items()} if job["memory"] else {},
             "operations": operations(profiler, clock.cuda) if profiler else []}

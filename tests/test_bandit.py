@@ -161,7 +161,7 @@ def test_engine_finds_what_gradient_descent_finds(link):
     """The fit is stationary and no other start does better: Adam steps from elsewhere end at the same place."""
     lam = bandit.to_lam([.2, .6, .9])
     wins = bandit.draw_pairs(bandit.np.random.default_rng(1), bandit.truth(4, lam), 200)
-    found = bandit.fit(link, wins, lam)
+    found = bandit.fit_policy(link, wins, lam)
     u = torch.tensor([.3, -.2, .1, 0], dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([u], lr=.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 1500)

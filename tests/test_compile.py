@@ -17,7 +17,7 @@ from torch.nn.attention import flex_attention as flex
 import train
 from data import Tokenizer, collate, load_pairs
 from model import BRANCHES, Transformer, add_lora, attention_blocks, visible
-from train import Config, Part
+from train import Config, Split
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_flex_attention_equals_the_tiles(make_model, monkeypatch, count, name):
         model.flex = kernel if kind == "flex" else None
         for i, row in enumerate(rows):
             logp, _ = model(*row.inputs())
-            row.total(logp).sum().backward()
+            row.sum_by_response(logp).sum().backward()
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 near, _ = model(*row.inputs())
             found[kind, i] = logp.detach(), near, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -103,7 +103,7 @@ def test_compiled_blocks_are_the_blocks(make_model, monkeypatch, count, name):
         model.checkpointed = kind == "checkpointed"
         for i, row in enumerate(rows):
             logp, _ = model(*row.inputs())
-            row.total(logp).sum().backward()
+            row.sum_by_response(logp).sum().backward()
             found[kind, i] = logp.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
             model.zero_grad()
     for (_, i), (logp, gradient) in found.items():
@@ -156,11 +156,11 @@ def test_no_row_waits_for_the_device(make_model, pairs, monkeypatch):
     folder = make_model("qwen3-window")
     cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
     world = train.join_world(cfg)._replace(device=torch.device("meta"))
-    part = Part.plan(load_pairs(pairs, Tokenizer(folder), 64).pairs, cfg, world, None)
+    part = Split.plan(load_pairs(pairs, Tokenizer(folder), 64).pairs, cfg, world, None)
     model = Transformer.from_pretrained(folder).to("meta")
     model.chunk = 10 ** 6
     monkeypatch.setattr(model, "precision", lambda device: torch.float32)             # (no autocast there)
-    outcome = train.judge(model, cfg.method, part, part.schedule.rows(0)[0], world)
+    outcome = train.score_pairs(model, cfg.method, part, part.schedule.rows(0)[0], world)
     outcome.loss.sum().backward()
     assert all(p.grad.is_meta for p in model.parameters())
     attention_blocks(*(x.to("meta") for x in row_of((300, 500, 400))), 200)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 import train
 from data import Pair, collate
 from model import CHUNK, KEPT, Head, Transformer, attend, attention_tiles
-from train import Config, Part, World
+from train import Config, Split, World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = torch.device("cuda", 0)
@@ -62,7 +62,7 @@ def scores(model, row, dtype=torch.float32):
 
 
 def planned(pairs, world, **settings):
-    return Part.plan(pairs, Config(model="-", data="-", **settings), world, None)
+    return Split.plan(pairs, Config(model="-", data="-", **settings), world, None)
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +155,9 @@ def test_runs_begin_at_the_reference_and_end(make_model, pairs, tmp_path, capsys
 class Impatient(World):
     """Until it asks for the sum over ranks, at the end of a step, waiting for the device is an error."""
 
-    def total(self, values):
+    def sum_over_ranks(self, values):
         torch.cuda.set_sync_debug_mode("default")
-        return super().total(values)
+        return super().sum_over_ranks(values)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -172,7 +172,7 @@ def test_no_row_waits_for_the_device(compiled, dtype):
     assert len(part.schedule.rows(0)) > 5
     for mode in ("default", "error"):                       # the first time, libraries are loaded, code is compiled
         torch.cuda.set_sync_debug_mode(mode)
-        means, bad, stop = train.gradient(model, scaler, Config().method, part, 0, world, [])
+        means, bad, stop = train.train_step(model, scaler, Config().method, part, 0, world, [])
         assert math.isfinite(means["loss"]) and not bad and not stop
         torch.cuda.set_sync_debug_mode(mode)
         train.evaluate(model, Config().method, part, world)
@@ -198,7 +198,7 @@ def test_the_estimate_of_memory(compiled, checkpointed):
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
-        train.gradient(model, scaler, Config().method, part, step, world, [])
+        train.train_step(model, scaler, Config().method, part, step, world, [])
         optimizer.step(shrink)
         model.zero_grad()
     assert estimate == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)

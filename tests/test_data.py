@@ -633,7 +633,7 @@ def test_collate_lays_out_a_shared_prompt():
     assert rows.segments.tolist() == [[0, 0, 0, 1, 1, 16, 17, 18]]
     assert rows.source.tolist() == [2, 3, 4, 2, 5, 6, 5, 7]
     assert rows.target.tolist() == [10, 11, 12, 20, 13, 14, 21, 22]
-    assert rows.total(torch.ones(8)).tolist() == rows.length.tolist() == [[3, 1], [2, 2]]
+    assert rows.sum_by_response(torch.ones(8)).tolist() == rows.length.tolist() == [[3, 1], [2, 2]]
 
 
 # --- the population -----------------------------------------------------------------------------------------

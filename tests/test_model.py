@@ -135,8 +135,8 @@ def test_packed_scores_equal_each_response_alone(make_model, name):
                 rows = collate([groups[i] for i in indices])
                 logp, entropy = model(*rows.inputs(), entropy=True)
                 at = [2 * i + side for i in indices for side in (0, 1)]
-                assert (rows.total(logp).flatten() - torch.stack(want)[at]).abs().max() < 1e-4
-                assert (rows.total(entropy).flatten() - torch.stack(want_entropy)[at]).abs().max() < 1e-4
+                assert (rows.sum_by_response(logp).flatten() - torch.stack(want)[at]).abs().max() < 1e-4
+                assert (rows.sum_by_response(entropy).flatten() - torch.stack(want_entropy)[at]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["neox", "qwen3-window"])
@@ -157,7 +157,7 @@ def test_responses_do_not_see_each_other(make_model):
     changed = [list(group) for group in groups]
     changed[1][2] = (changed[1][2] + 7) % 500                       # group 1's second response
     with torch.no_grad():
-        before, after = (r.total(model(*r.inputs())[0]) for r in (collate(groups), collate(changed)))
+        before, after = (r.sum_by_response(model(*r.inputs())[0]) for r in (collate(groups), collate(changed)))
     same = torch.ones(5, 3, dtype=torch.bool)
     same[1, 1] = False
     assert torch.equal(before[same], after[same]) and before[1, 1] != after[1, 1]
@@ -284,8 +284,9 @@ def test_autocast_scores_and_gradients_are_near_float32(make_model):
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 logp, _ = model(*rows.inputs())
-            rows.total(logp).sum().backward()
-            found.append((rows.total(logp).detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+            sums = rows.sum_by_response(logp)
+            sums.sum().backward()
+            found.append((sums.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
             model.zero_grad()
         (want, gradient), (scores, near) = found
         assert scores.dtype == near.dtype == torch.float32 and (scores - want).abs().max() < 0.5

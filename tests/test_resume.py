@@ -217,7 +217,7 @@ def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, steps, how):
     """Make the first pair of some steps bad."""
-    judge, gradient, now = train.judge, train.gradient, [None, None]
+    judge, gradient, now = train.score_pairs, train.train_step, [None, None]
 
     def bad_judge(policy, method, part, indices, world):
         outcome = judge(policy, method, part, indices, world)
@@ -229,8 +229,8 @@ def spoil(monkeypatch, steps, how):
     def note(policy, scaler, method, part, step, *rest):
         now[:] = step, part.schedule.batch(step)[0]
         return gradient(policy, scaler, method, part, step, *rest)
-    monkeypatch.setattr(train, "judge", bad_judge)
-    monkeypatch.setattr(train, "gradient", note)
+    monkeypatch.setattr(train, "score_pairs", bad_judge)
+    monkeypatch.setattr(train, "train_step", note)
 
 
 @pytest.mark.parametrize("what, how", [
@@ -283,7 +283,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 
 def test_two_runs_in_one_folder(job, tmp_path):
     (tmp_path / "out").mkdir()
-    with data.lock(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
+    with data.lock_file(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
         job()
     job()
 
@@ -372,12 +372,12 @@ def test_torchrun(make_model, pairs, tmp_path):
     (tmp_path / "fail.py").write_text(f"""if True:
         import os, sys; sys.path.insert(0, {str(ROOT)!r})
         import train
-        gradient = train.gradient
+        gradient = train.train_step
         def failing(policy, scaler, method, part, step, *rest):
             if step == 2 and os.environ["RANK"] == "1":
                 raise train.RunFailed("as asked")
             return gradient(policy, scaler, method, part, step, *rest)
-        train.gradient = failing
+        train.train_step = failing
         train.main()""")
     command = [sys.executable, *torchrun, tmp_path / "fail.py", "--model", make_model(), "--data", pairs, "--out",
                tmp_path / "b", "--steps", 9]

@@ -17,7 +17,7 @@ import train
 from data import Pair, Tokenizer, load_pairs, write_jsonl
 from mallowspo import LOSSES
 from model import Transformer, add_lora
-from train import Config, Part
+from train import Config, Split
 
 QUICK = ["--steps", 3, "--batch-size", 16, "--lr", 1e-5, "--samples", 1, "--sample-tokens", 4, "--max-tokens", 64]
 
@@ -382,7 +382,7 @@ def test_the_estimate_of_activations(make_model, pairs):
     model = Transformer.from_pretrained(make_model("llama-grouped"))
     cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
     world = train.join_world(cfg)
-    part = Part.plan(load_pairs(pairs, Tokenizer(make_model("llama-grouped")), 64).pairs, cfg, world, None)
+    part = Split.plan(load_pairs(pairs, Tokenizer(make_model("llama-grouped")), 64).pairs, cfg, world, None)
     sizes = train.memory(model, part, world)
     count = sum(p.numel() for p in model.parameters())
     assert (sizes["parameters"], sizes["gradients"], sizes["optimiser"]) == (4 * count, 4 * count, 8 * count)
@@ -411,7 +411,7 @@ def test_the_estimate_of_memory(budget, kind):
     texts = [[np.arange(n) for n in sizes] for sizes in zip(range(30, 62), range(60, 28, -1), [40, 50] * 16)]
     cfg = Config(model="-", data="-", batch_size=16, tokens_per_row=budget)
     world = train.join_world(cfg)
-    part = Part.plan([Pair(*ids, None, "") for ids in texts], cfg, world, None)
+    part = Split.plan([Pair(*ids, None, "") for ids in texts], cfg, world, None)
     costs = part.schedule.costs
     step = max(part.first_epoch(), key=lambda step: max(sum(costs[i] for i in row) for row in part.schedule.rows(step)))
     assert (len(part.schedule.rows(step)) > 1) == (budget == 1200)
@@ -420,7 +420,7 @@ def test_the_estimate_of_memory(budget, kind):
     ready = sum(p.numel() * (4 + 8 * p.requires_grad) for p in model.parameters())     # with the optimiser's moments
     assert sizes["parameters"] + sizes["optimiser"] == ready
     with torch.profiler.profile(profile_memory=True) as profile:
-        train.gradient(model, torch.amp.GradScaler("cpu", enabled=False), cfg.method, part, step, world, [])
+        train.train_step(model, torch.amp.GradScaler("cpu", enabled=False), cfg.method, part, step, world, [])
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     in_use = max(itertools.accumulate(event.nbytes() for event in events))

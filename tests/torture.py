@@ -181,14 +181,14 @@ def worker(folder: Path, out: Path, moments: list[int]) -> None:
     """A rank under torchrun; in try r, rank r % 2 kills itself in its step moments[r]."""
     keep_states(out)
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-    count, gradient = [0], train.gradient
+    count, gradient = [0], train.train_step
 
     def deadly(*arguments):
         count[0] += 1
         if attempt < len(moments) and rank == attempt % 2 and count[0] == moments[attempt]:
             os.kill(os.getpid(), signal.SIGKILL)
         return gradient(*arguments)
-    train.gradient = deadly
+    train.train_step = deadly
     train.main(["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--eval-data",
                 str(folder / "held.jsonl"), "--out", str(out), *FLAGS])
 
