@@ -16,10 +16,12 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -568,6 +570,179 @@ def held_out(opt, rng, group: list[Ballots]) -> tuple[Tensor, ...]:
         entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)
         parts.append((train, test, lam, entropy, choices))
     return tuple(torch.stack(part, 1) for part in zip(*parts, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 7. The demo: a population whose dispersion is known
+
+# A question, and its answers from the population's favourite down.  From agreement to dispute: phi rises with the line.
+QUESTIONS = """
+What is one plus one?                      two three four zero ten eleven
+Where does the sun rise?                   east south north west underground nowhere
+How many legs has a dog?                   four three two six eight nine
+What colour is fresh snow?                 white grey silver blue yellow black
+What do cows drink?                        water milk juice tea coffee wine
+What falls from clouds?                    rain snow hail fog dust feathers
+What is ice made of?                       frost glass salt crystal sugar stone
+What helps against thirst?                 lemonade cider broth cocoa beer syrup
+What should a kitchen have?                stove sink oven table window radio
+Which tool hangs a picture?                hammer drill nail tape screw glue
+What cures a cold?                         sleep soup honey ginger garlic whisky
+What belongs in a salad?                   lettuce tomato cucumber radish cheese raisins
+How should one travel to Rome?             train plane car bus ship bicycle
+Which pet suits a child?                   dog cat rabbit hamster turtle snake
+What makes a good breakfast?               bread eggs porridge fruit pancakes sausage
+Which month is the nicest?                 May June September July October December
+What should a gift be?                     book flowers chocolate perfume scarf money
+Where is a holiday best?                   beach mountains city lake island desert
+Which sport is worth watching?             football tennis cycling boxing chess golf
+What is the best instrument?               piano violin guitar cello drums trumpet
+What goes on a pizza?                      mushrooms olives ham onions anchovies pineapple
+Which colour suits a bedroom?              green cream lilac orange pink red
+Who writes the best songs?                 poets lovers sailors farmers drunks nobody
+Which number brings luck?                  seven thirteen five twelve one forty
+"""
+ASKERS = ("Ada Ben Carla David Elena Felix Greta Hugo Ines Jonas Klara Leo Maria Nils Olga Paul Rosa Simon Tara Ulla "
+         "Viktor Wanda Xenia Yann Zoe Anton Bella Cyril Dora Emil Frida Gustav Hanna Igor Julia Karl Lena Nora Otto"
+         ).split()
+NEW_ASKERS = "Pia Quentin Rita Sven Thea Uwe Vera Willem".split()       # only ever asked in the evaluation
+
+
+ABOVE = torch.ones(6, 6).triu(1).bool()                               # each pair of answers once, the better one first
+
+
+class Population:
+    """People who rank six answers to each of 24 questions, by a Kendall-Mallows model with one phi a question."""
+
+    def __init__(self):
+        lines = [line.partition("?") for line in QUESTIONS.strip().splitlines()]
+        self.questions = [text + "?" for text, _, _ in lines]
+        self.answers = [words.split() for _, _, words in lines]                            # best first
+        self.phi = torch.linspace(0.05, 0.95, len(lines), dtype=torch.float64)             # (Q,)
+        rank = torch.arange(6.0, dtype=torch.float64)
+        gap = rank - rank[:, None]                                                         # (A, A) i is above j by
+        self.wins = mallowspo.pair_probability(gap, -self.phi.log()[:, None, None])        # (Q, A, A) P(i above j)
+
+    def prompt(self, name: str, question: int) -> str:
+        return f"{name} asks: {self.questions[question]}\nAnswer:"
+
+    def _asked(self, count, seed):
+        """A question, a name and a member's ranking (ranks), `count` times, the questions in turn."""
+        generator = torch.Generator().manual_seed(seed)
+        names = torch.randint(len(ASKERS), (count,), generator=generator).tolist()
+        each = [mallowspo.sample_rankings(-(-count // len(self.phi)), 6, -math.log(phi), generator)
+                for phi in self.phi.tolist()]
+        for i in range(count):
+            turn, question = divmod(i, len(self.phi))
+            yield question, self.prompt(ASKERS[names[i]], question), each[question][turn]
+
+    def favourites(self, count: int, seed: int) -> Iterator[dict]:
+        """What members answer when asked: the favourite of each.  The reference learns from these."""
+        for question, prompt, ranks in self._asked(count, seed):
+            yield {"prompt": prompt, "chosen": " " + self.answers[question][int(ranks.argmin())]}
+
+    def judgements(self, count: int, seed: int) -> Iterator[dict]:
+        """Two answers, drawn evenly, judged by a random member; with the true dispersion of the question."""
+        rng = np.random.default_rng(seed)
+        for question, prompt, ranks in self._asked(count, seed):
+            i, j = rng.choice(6, size=2, replace=False).tolist()
+            better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
+            yield {"prompt": prompt, "chosen": " " + self.answers[question][better],
+                   "rejected": " " + self.answers[question][worse], "dispersion": self.phi[question].item()}
+
+    def measure(self, logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
+        """What a policy does to this population: exact sums over the answers, each (Q,), the mean over the names.
+
+        logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name.
+        """
+        p, r = (x.double().log_softmax(-1) for x in (logp, ref_logp))                      # (Q, N, A)
+        reward = (logp - ref_logp).double()
+        agree = torch.where(reward[..., :, None] > reward[..., None, :], self.wins[:, None], 1 - self.wins[:, None])
+        agree = torch.where(reward[..., :, None] == reward[..., None, :], 0.5, agree)      # (Q, N, A, A)
+        return {name: value.mean(-1) for name, value in {
+            "kl": (p.exp() * (p - r)).sum(-1),
+            "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),      # against the reference
+            "consensus_rank": (p.exp() * torch.arange(6.0, dtype=torch.float64)).sum(-1),  # 0: always the favourite
+            "reward_accuracy": agree[..., ABOVE].mean(-1),       # share of the members who agree with the reward
+            "entropy": -(p.exp() * p).sum(-1),
+            "elsewhere": 1 - logp.double().exp().sum(-1),        # probability of anything but the six answers
+        }.items()}
+
+    def best_accuracy(self) -> float:
+        """The reward accuracy of the consensus order: a ranking that agrees with more people does not exist."""
+        return self.wins[:, ABOVE].mean().item()
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """A byte-level BPE in which each of the demo's words is a token, as the files of a Hugging Face folder."""
+        texts = [self.prompt(name, q) + " " + " ".join(words)
+                 for q, words in enumerate(self.answers) for name in ASKERS + NEW_ASKERS]
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+            vocab_size=2048, special_tokens=["<end>"], show_progress=False,
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>"}
+        return {"tokenizer.json": bpe.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+
+
+MATCHED_KL = (0.1, 0.2)          # nats: where the methods have moved equally far from the reference, they are compared
+# Which way is good, and what is no difference: about the standard deviation over seeds (tests/demo_seeds.py).
+MEASURES = {"win_rate": (+1, 0.002), "consensus_rank": (-1, 0.02), "reward_accuracy": (+1, 0.01)}
+
+
+def at_kl(path: dict[str, list[float]], kl: float) -> dict[str, float] | None:
+    """A path's figures where it first passes this KL, between two points in proportion; None: it never does."""
+    for i, (low, high) in enumerate(zip(path["kl"], path["kl"][1:])):
+        if low <= kl < high:
+            t = (kl - low) / (high - low)
+            return {key: (1 - t) * values[i] + t * values[i + 1] for key, values in path.items()}
+    return None
+
+
+def compare_at(kl: float, methods: dict[str, dict[str, list[float]]]) -> str:
+    """A table of all methods at one KL, and a sentence for each measure."""
+    rows = {name: at_kl(path, kl) for name, path in methods.items()}
+    lines = [f"at KL {kl} nats    step  win rate  consensus rank  reward accuracy  KL agreed | disputed"
+             "  entropy agreed | disputed"]
+    for name, r in rows.items():
+        lines.append(f"{name:<15}  " + (
+            f"{r['step']:>5.0f}  {r['win_rate']:>8.4f}  {r['consensus_rank']:>14.3f}  {r['reward_accuracy']:>15.4f}"
+            f"  {r['kl_agreed']:>9.3f} | {r['kl_disputed']:<8.3f}  {r['entropy_agreed']:>14.3f} | "
+            f"{r['entropy_disputed']:.3f}" if r else "never went so far"))
+    for key, (good, same) in MEASURES.items() if rows.get("dpo") else ():
+        for name in [name for name, r in rows.items() if r and name != "dpo"]:
+            change = rows[name][key] - rows["dpo"][key]
+            verdict = "as good as" if abs(change) < same else "better than" if good * change > 0 else "worse than"
+            lines.append(f"  {key.replace('_', ' ')}: {name} is {verdict} dpo ({change:+.4f})")
+    return "\n".join(lines)
+
+
+def report(population: Population, methods: dict, records: list[dict]) -> tuple[dict, str]:
+    """Compare the methods where they have moved equally far from the reference -> report.json's content, and a text.
+
+    methods: name -> [(step, what Population.measure says)]; records: the rows of a run's dispersion.jsonl.
+    """
+    half, content = len(population.phi) // 2, {}
+    for loss, path in methods.items():
+        rows = [{"step": step, **{k: v.mean().item() for k, v in m.items()},
+                 **{f"{k}_{name}": m[k][side].mean().item() for k in ("kl", "entropy")
+                    for name, side in (("agreed", slice(half)), ("disputed", slice(half, None)))}} for step, m in path]
+        content[loss] = {key: [row[key] for row in rows] for key in rows[0]}
+    index = [[] for _ in population.phi]
+    for record in records:
+        line = int(record["where"].rpartition(":")[2]) - 1         # the file asks the questions in turn
+        index[line % len(index)].append(record["entropy"])
+    index = [float(np.mean(each)) if each else math.nan for each in index]
+    known = ~np.isnan(index)                                       # in few steps not every question is asked
+    ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi.tolist())]
+    correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
+    said = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names never trained on; all "
+            f"figures are exact sums\nrank correlation of the dispersion index with the true phi: {correlation:.3f}\n"
+            f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}"]
+    said += [compare_at(kl, content) for kl in MATCHED_KL]
+    return {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(), "index": index,
+            "questions": population.questions, "methods": content}, "\n\n".join(said)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -39,18 +39,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
 import mallowspo
+from bandit import NEW_ASKERS, Population, report
 from data import (
-    MATCHED_KL,
-    NEW_NAMES,
     BadData,
     Dataset,
     Pair,
-    Population,
     Schedule,
     Scores,
     Tokenizer,
     collate,
-    compare_at,
     find_model,
     load_pairs,
     lock_file,
@@ -1149,7 +1146,10 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         fit(job, world, watch)
         methods[loss] = [(step, population.measure(logp, path[0][1])) for step, logp in path]
     if world.rank == 0:
-        report(out, population, methods)
+        lines = (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines()
+        content, text = report(population, methods, [json.loads(line) for line in lines])
+        write_json(out / "report.json", content)
+        print(f"\n{text}\n\nwritten to {out / 'report.json'}, along the whole path of steps")
 
 
 @torch.no_grad()
@@ -1161,38 +1161,11 @@ def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer
     logp = []
     for q, answers in enumerate(population.answers):
         sides = [np.array(tokenizer.response(" " + answer)[:-1]) for answer in answers]
-        groups = [(np.array(tokenizer.prompt(population.prompt(name, q))), *sides) for name in NEW_NAMES]
+        groups = [(np.array(tokenizer.prompt(population.prompt(name, q))), *sides) for name in NEW_ASKERS]
         row = collate(groups, world.device)
         with world.autocast():
             logp.append(row.sum_by_response(model(*row.inputs())[0]).cpu())                         # (N, A)
     return torch.stack(logp)
-
-
-def report(out: Path, population: Population, methods: dict) -> None:
-    """Compare the methods where they have moved equally far from the reference; write report.json."""
-    half, content = len(population.phi) // 2, {}
-    for loss, path in methods.items():
-        rows = [{"step": step, **{k: v.mean().item() for k, v in m.items()},
-                 **{f"{k}_{name}": m[k][side].mean().item() for k in ("kl", "entropy")
-                    for name, side in (("agreed", slice(half)), ("disputed", slice(half, None)))}} for step, m in path]
-        content[loss] = {key: [row[key] for row in rows] for key in rows[0]}
-    index = [[] for _ in population.phi]
-    for line in (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        line = int(row["where"].rpartition(":")[2]) - 1            # the file asks the questions in turn
-        index[line % len(index)].append(row["entropy"])
-    index = [float(np.mean(each)) if each else math.nan for each in index]
-    known = ~np.isnan(index)                                       # in few steps not every question is asked
-    ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi.tolist())]
-    correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
-    write_json(out / "report.json", {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
-                                     "index": index, "questions": population.questions, "methods": content})
-    print(f"\n--- report: {len(population.questions)} questions, asked by {len(NEW_NAMES)} names never trained on; all "
-          f"figures are exact sums\nrank correlation of the dispersion index with the true phi: {correlation:.3f}\n"
-          f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}")
-    for kl in MATCHED_KL:
-        print("\n" + compare_at(kl, content))
-    print(f"\nwritten to {out / 'report.json'}, along the whole path of steps")
 
 
 # ---------------------------------------------------------------------------------------------------------------

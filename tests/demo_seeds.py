@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import MATCHED_KL, MEASURES, at_kl  # noqa: E402
+from bandit import MATCHED_KL, MEASURES, at_kl  # noqa: E402
 
 
 def reports(out: Path, seeds: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Records, tokens, the length policy, the schedule and rows; and the population of the demo."""
+"""Records, tokens, the length policy, the schedule and rows."""
 import gzip
 import http.server
 import json
@@ -25,7 +25,6 @@ from data import (
     BadData,
     Schedule,
     Tokenizer,
-    at_kl,
     collate,
     examine,
     load_pairs,
@@ -634,48 +633,3 @@ def test_collate_lays_out_a_shared_prompt():
     assert rows.source.tolist() == [2, 3, 4, 2, 5, 6, 5, 7]
     assert rows.target.tolist() == [10, 11, 12, 20, 13, 14, 21, 22]
     assert rows.sum_by_response(torch.ones(8)).tolist() == rows.length.tolist() == [[3, 1], [2, 2]]
-
-
-# --- the population -----------------------------------------------------------------------------------------
-
-def test_population_judges_at_the_exact_rates(population):
-    counts, wins = torch.zeros(24, 6, 6), population.wins
-    for i, row in enumerate(population.judgements(48_000, seed=5)):
-        better, worse = (population.answers[i % 24].index(row[side].strip()) for side in ("chosen", "rejected"))
-        counts[i % 24, better, worse] += 1
-    total = counts + counts.transpose(1, 2)
-    z = (counts / total - wins) / (wins * (1 - wins) / total).sqrt()
-    assert z[:, ~torch.eye(6, dtype=torch.bool)].abs().max() < 5
-    assert torch.allclose(wins + wins.transpose(1, 2), torch.ones(24, 6, 6).double())
-
-
-def test_population_asks_readable_questions(population, tokenizer):
-    assert len(set(population.questions)) == 24 and all(len(set(words)) == 6 for words in population.answers)
-    rows = list(population.favourites(48, 0))
-    assert rows[0]["prompt"].endswith(" asks: What is one plus one?\nAnswer:") and rows[0]["chosen"] == " two"
-    assert all(len(tokenizer.response(" " + word)) == 2 for words in population.answers for word in words)
-
-
-def test_measures_against_sampling(population):
-    generator = torch.Generator().manual_seed(0)
-    ref, logp = (torch.randn(24, 2, 6, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    found = population.measure(logp, ref)
-    p, r = logp.exp(), ref.exp()
-    both, six, wins = range(2), range(6), population.wins[3]
-    kl = sum(p[3, n, i] * (logp[3, n, i] - ref[3, n, i]) for n in both for i in six) / 2
-    win = sum(p[3, n, i] * r[3, n, j] * wins[i, j] for n in both for i in six for j in six) / 2
-    assert found["kl"][3].item() == pytest.approx(kl.item())
-    assert found["win_rate"][3].item() == pytest.approx(win.item())
-    same = population.measure(ref, ref)
-    assert torch.allclose(same["win_rate"], torch.tensor(0.5).double()) and (same["reward_accuracy"] == 0.5).all()
-    ideal = population.measure(ref - torch.arange(6.0), ref)
-    assert ideal["reward_accuracy"].mean().item() == pytest.approx(population.best_accuracy())
-    best = torch.maximum(population.wins, 1 - population.wins)
-    assert best[:, torch.ones(6, 6).triu(1).bool()].mean().item() == pytest.approx(population.best_accuracy())
-    assert found["elsewhere"].abs().max() < 1e-6
-
-
-def test_figures_at_a_kl_lie_between_two_steps():
-    path = {"kl": [0.0, 0.1, 0.3, 0.2], "win_rate": [0.5, 0.6, 0.7, 0.65]}
-    assert at_kl(path, 0.2) == {"kl": pytest.approx(0.2), "win_rate": pytest.approx(0.65)}
-    assert at_kl(path, 0.1)["win_rate"] == pytest.approx(0.6) and at_kl(path, 0.4) is None

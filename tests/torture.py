@@ -26,7 +26,8 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import train  # noqa: E402
-from data import Population, write_jsonl  # noqa: E402
+from bandit import Population  # noqa: E402
+from data import write_jsonl  # noqa: E402
 from model import Transformer  # noqa: E402
 
 FLAGS = ("--steps 10 --batch-size 16 --lr 1e-3 --samples 1 --sample-tokens 4 --eval-every 3 --save-every 2 "
