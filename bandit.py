@@ -737,8 +737,8 @@ def report(population: Population, methods: dict, records: list[dict]) -> tuple[
     known = ~np.isnan(index)                                       # in few steps not every question is asked
     ranks = [np.argsort(np.argsort(np.array(values)[known])) for values in (index, population.phi.tolist())]
     correlation = float(np.corrcoef(ranks)[0, 1])                  # Spearman's
-    said = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names never trained on; all "
-            f"figures are exact sums\nrank correlation of the dispersion index with the true phi: {correlation:.3f}\n"
+    said = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names never trained on; "
+            f"all figures are exact sums\nrank correlation of the dispersion index with the true phi: {correlation:.3f}\n"
             f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}"]
     said += [compare_at(kl, content) for kl in MATCHED_KL]
     return {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(), "index": index,

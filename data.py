@@ -559,8 +559,14 @@ class PackedRow(NamedTuple):
         return zeros.index_add(0, self.owner, values.double()).view(self.length.shape).to(values.dtype)
 
 
-def collate(groups: list[tuple[np.ndarray, ...]], device: str | torch.device = "cpu", branches: int = 16) -> PackedRow:
-    """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row."""
+def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | torch.device = "cpu") -> PackedRow:
+    """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row.
+
+    A segment id is group * branches + branch, as model.visible reads it (branches: model.BRANCHES); branch 0 is the
+    prompt.  Raises ValueError if a group has more responses than that leaves room for.
+    """
+    if any(len(group) > branches for group in groups):
+        raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
     tokens, positions, segments, source, target, owner, at = [], [], [], [], [], [], 0
     for g, (prompt, *responses) in enumerate(groups):
         parts = [prompt, *(ids[:-1] for ids in responses)]

@@ -58,6 +58,7 @@ from data import (
 )
 from mallowspo import LOSSES, Method, Outcome
 from model import (
+    BRANCHES,
     CHUNK,
     KEPT,
     TARGETS,
@@ -370,7 +371,7 @@ def score_reference(model: Transformer, path: Path, key: str, rows: list[list[Pa
     start = saved = time.perf_counter()
     try:
         for i in todo:
-            row = collate([pair[:3] for pair in rows[i]], world.device)
+            row = collate([pair[:3] for pair in rows[i]], BRANCHES, world.device)
             with world.autocast():
                 scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()    # (2, N): waits for a GPU
             if not np.isfinite(scores[0]).all():
@@ -465,7 +466,7 @@ def kept(model: Transformer, groups: list, world: World) -> int:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), world.autocast():
-        scores = model(*collate(groups, world.device).inputs())        # as long as it lives, all that it keeps does
+        scores = model(*collate(groups, BRANCHES, world.device).inputs())        # as long as it lives, all that it keeps does
     del scores
     return sum(found.values())
 
@@ -512,7 +513,8 @@ def memory(model: Transformer, part: Split, world: World) -> dict[str, int]:
 
 def score_pairs(policy, method: Method, part: Split, indices: list[int], world: World) -> Outcome:
     """The policy's scores of one row of pairs against the reference's: what training and evaluation both do."""
-    row, at = collate([part.pairs[i][:3] for i in indices], world.device), to_device(indices, world.device)
+    row = collate([part.pairs[i][:3] for i in indices], BRANCHES, world.device)
+    at = to_device(indices, world.device)
     with world.autocast():
         logp, _ = policy(*row.inputs())
     return mallowspo.objective(method, row.sum_by_response(logp), part.ref_logp[at], row.length, part.weight[at])
@@ -1162,7 +1164,7 @@ def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer
     for q, answers in enumerate(population.answers):
         sides = [np.array(tokenizer.response(" " + answer)[:-1]) for answer in answers]
         groups = [(np.array(tokenizer.prompt(population.prompt(name, q))), *sides) for name in NEW_ASKERS]
-        row = collate(groups, world.device)
+        row = collate(groups, BRANCHES, world.device)
         with world.autocast():
             logp.append(row.sum_by_response(model(*row.inputs())[0]).cpu())                         # (N, A)
     return torch.stack(logp)

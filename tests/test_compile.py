@@ -69,7 +69,7 @@ def test_flex_attention_equals_the_tiles(make_model, monkeypatch, count, name):
     """The math of the kernel, its backward pass too, at any length of row from two or three graphs."""
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)       # refuses gradients on CPUs
     model, lengths, found = Transformer.from_pretrained(make_model(name)), set(), {}
-    rows = [collate(some_groups(model, groups, seed=groups)) for groups in (2, 7, 13, 10)]
+    rows = [collate(some_groups(model, groups, seed=groups), BRANCHES) for groups in (2, 7, 13, 10)]
     kernel = partial(torch.compile(flex.flex_attention, dynamic=True, backend="aot_eager"),
                      kernel_options={"BACKEND": "TRITON"})
     for kind in ("tiles", "flex"):
@@ -96,7 +96,7 @@ def test_compiled_blocks_are_the_blocks(make_model, monkeypatch, count, name):
     model, found = Transformer.from_pretrained(make_model(name)), {}
     add_lora(model, 2, 4.0, ("q", "down"))
     model.requires_grad_(True)
-    rows, names = [collate(some_groups(model, groups, seed=groups)) for groups in (1, 4, 9)], list(model.state_dict())
+    rows, names = [collate(some_groups(model, groups, seed=groups), BRANCHES) for groups in (1, 4, 9)], list(model.state_dict())
     for kind in ("plain", "compiled", "checkpointed"):
         if kind == "compiled":
             model.compile_blocks()

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import train
 from data import Pair, collate
-from model import CHUNK, KEPT, Head, Transformer, attend, attention_tiles
+from model import BRANCHES, CHUNK, KEPT, Head, Transformer, attend, attention_tiles
 from train import Config, Split, World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -48,7 +48,7 @@ def some_pairs(count, low, high, vocab_size=3000, seed=0):
 
 
 def row_of(*arguments, **more):
-    return collate([pair[:3] for pair in some_pairs(*arguments, **more)], DEVICE)
+    return collate([pair[:3] for pair in some_pairs(*arguments, **more)], BRANCHES, DEVICE)
 
 
 def scores(model, row, dtype=torch.float32):

@@ -626,10 +626,12 @@ def test_packing_is_tight():
 
 
 def test_collate_lays_out_a_shared_prompt():
-    rows = collate([([1, 2, 3], [10, 11, 12], [20]), ([4], [13, 14], [21, 22])])
+    rows = collate([([1, 2, 3], [10, 11, 12], [20]), ([4], [13, 14], [21, 22])], 16)
     assert rows.tokens.tolist() == [[1, 2, 3, 10, 11, 4, 13, 21]]               # no response's last token
     assert rows.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 1]]
     assert rows.segments.tolist() == [[0, 0, 0, 1, 1, 16, 17, 18]]
     assert rows.source.tolist() == [2, 3, 4, 2, 5, 6, 5, 7]
     assert rows.target.tolist() == [10, 11, 12, 20, 13, 14, 21, 22]
     assert rows.sum_by_response(torch.ones(8)).tolist() == rows.length.tolist() == [[3, 1], [2, 2]]
+    with pytest.raises(ValueError, match="16 responses; a row holds at most 15"):
+        collate([([1], *[[2]] * 16)], 16)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import model as model_py
 from data import collate
-from model import FAMILIES, BadModel, Head, Lookup, Transformer, attend, attention_tiles, visible
+from model import BRANCHES, FAMILIES, BadModel, Head, Lookup, Transformer, attend, attention_tiles, visible
 
 
 def theirs(folder):
@@ -132,7 +132,7 @@ def test_packed_scores_equal_each_response_alone(make_model, name):
                 want_entropy.append(-(log_p.exp() * log_p).sum())
         for packing in ([[0, 1, 2, 3, 4]], [[4], [2, 0], [3, 1]], [[i] for i in range(5)]):
             for indices in packing:
-                rows = collate([groups[i] for i in indices])
+                rows = collate([groups[i] for i in indices], BRANCHES)
                 logp, entropy = model(*rows.inputs(), entropy=True)
                 at = [2 * i + side for i in indices for side in (0, 1)]
                 assert (rows.sum_by_response(logp).flatten() - torch.stack(want)[at]).abs().max() < 1e-4
@@ -143,7 +143,7 @@ def test_packed_scores_equal_each_response_alone(make_model, name):
 @pytest.mark.filterwarnings("error")
 def test_bfloat16_autocast_gives_nearly_the_same(make_model, name):
     model = Transformer.from_pretrained(make_model(name))
-    rows = collate(some_groups(model))
+    rows = collate(some_groups(model), BRANCHES)
     want, _ = model(*rows.inputs())
     with torch.autocast("cpu", torch.bfloat16):
         got, _ = model(*rows.inputs())
@@ -157,7 +157,7 @@ def test_responses_do_not_see_each_other(make_model):
     changed = [list(group) for group in groups]
     changed[1][2] = (changed[1][2] + 7) % 500                       # group 1's second response
     with torch.no_grad():
-        before, after = (r.sum_by_response(model(*r.inputs())[0]) for r in (collate(groups), collate(changed)))
+        before, after = (r.sum_by_response(model(*r.inputs())[0]) for r in (collate(groups, BRANCHES), collate(changed, BRANCHES)))
     same = torch.ones(5, 3, dtype=torch.bool)
     same[1, 1] = False
     assert torch.equal(before[same], after[same]) and before[1, 1] != after[1, 1]
@@ -213,7 +213,7 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
     """Cut at every edge of a group, or at few, and inside of groups; in scores and in gradients."""
     monkeypatch.setattr(model_py, "TILE", tile)
     model = Transformer.from_pretrained(make_model("llama-grouped"))
-    rows = collate(some_groups(model, count=6))
+    rows = collate(some_groups(model, count=6), BRANCHES)
     tiles = attention_tiles(rows.segments, rows.positions, rows.tokens.size(1))
     assert sum(count for count, _, _ in tiles) == rows.tokens.numel()
     assert tile == 512 or len(tiles) > 2
@@ -254,7 +254,7 @@ def test_scores_without_gradients_keep_no_logits(make_model, name, monkeypatch):
         kept.append(len(ctx.kept))
         return result
     monkeypatch.setattr(Head, "forward", staticmethod(noted))
-    inputs = collate(some_groups(model)).inputs()
+    inputs = collate(some_groups(model), BRANCHES).inputs()
     model(*inputs)
     with torch.no_grad():
         model(*inputs, entropy=True)
@@ -263,7 +263,7 @@ def test_scores_without_gradients_keep_no_logits(make_model, name, monkeypatch):
 
 def test_checkpointed_blocks_give_the_same_gradients_from_less_memory(make_model):
     model, found = Transformer.from_pretrained(make_model("llama-grouped")), []
-    rows = collate(some_groups(model))
+    rows = collate(some_groups(model), BRANCHES)
     for model.checkpointed in (False, True):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
@@ -280,7 +280,7 @@ def test_checkpointed_blocks_give_the_same_gradients_from_less_memory(make_model
 def test_autocast_scores_and_gradients_are_near_float32(make_model):
     for name in ("gpt2", "llama-tied", "llama-grouped"):
         model, found = Transformer.from_pretrained(make_model(name)), []
-        rows = collate(some_groups(model))
+        rows = collate(some_groups(model), BRANCHES)
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 logp, _ = model(*rows.inputs())
@@ -298,7 +298,7 @@ def test_chunked_head_equals_dense(make_model, monkeypatch, chunk, kept):
     """Also where the backward pass makes all of the logits again, or those beyond the first ones."""
     monkeypatch.setattr(model_py, "KEPT", kept)
     model = Transformer.from_pretrained(make_model("llama-tied"))
-    rows = collate(some_groups(model, count=8))
+    rows = collate(some_groups(model, count=8), BRANCHES)
     weights = torch.rand(len(rows.target), generator=torch.Generator().manual_seed(0))
 
     hidden = model.hidden(rows.tokens, rows.positions, rows.segments).flatten(0, 1)[rows.source]

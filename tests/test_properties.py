@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_data import PLAIN, special_tokenizer
 
 from data import BadData, Schedule, Tokenizer, collate, load_pairs, pack, parse, read_pairs
+from model import BRANCHES
 
 
 def drawn(examples, **strategies):
@@ -200,12 +201,12 @@ GROUPS = st.integers(0, 3).flatmap(lambda responses: st.lists(st.tuples(
 @drawn(400, groups=GROUPS.filter(lambda groups: any(map(len, groups[0][1:]))))
 def test_each_scored_token_sees_its_prompt_and_its_own_response(groups):
     """Read off a row: what the prediction of a token sees is the prompt, then the response as far as that token."""
-    rows = collate([tuple(map(np.array, group)) for group in groups])
+    rows = collate([tuple(map(np.array, group)) for group in groups], BRANCHES)
     tokens, positions, segments = (x[0].tolist() for x in rows.inputs()[:3])
     found = {}
     for source, target, owner in zip(*(x.tolist() for x in (rows.source, rows.target, rows.owner))):
-        group, branch = divmod(segments[source], 16)
-        seen = [j for j in range(source + 1) if segments[j] // 16 == group and segments[j] % 16 in (0, branch)]
+        group, branch = divmod(segments[source], BRANCHES)
+        seen = [j for j in range(source + 1) if segments[j] // BRANCHES == group and segments[j] % BRANCHES in (0, branch)]
         assert [positions[j] for j in seen] == list(range(len(seen)))
         g, r = divmod(owner, len(groups[0]) - 1)
         assert g == group and branch in (0, r + 1)

@@ -309,11 +309,11 @@ def test_two_runs_share_a_reference(tmp_path):
 def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsys):
     rows, collate = [0], train.collate
 
-    def interrupted(groups, device):
+    def interrupted(groups, branches, device):
         rows[0] += 1
         if rows[0] == 5:                                           # the first two weigh the memory
             raise KeyboardInterrupt(signal.SIGINT)
-        return collate(groups, device)
+        return collate(groups, branches, device)
     monkeypatch.setattr(train, "collate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         job(tokens_per_row=100)
