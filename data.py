@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -21,6 +20,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
+
+import mallowspo
 
 
 class BadData(ValueError):
@@ -471,11 +471,12 @@ def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
 
 
 def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
-               skip_bad: bool = False, need_rejected: bool = True) -> Dataset:
+               skip_bad: bool = False, need_rejected: bool = True, needed: str | None = None) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
-    max_tokens bounds prompt + response.  Raises BadData with file and line at the first bad record (skip_bad counts
-    them instead), if more than the share max_dropped of the pairs does not fit, and if nothing is left.
+    max_tokens bounds prompt + response; `needed` is a field that every record must have ("dispersion", "votes").
+    Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
+    max_dropped of the pairs does not fit, and if nothing is left.
     """
     pairs, cut, dropped, bad = [], 0, [], 0
     for where, record, ids in read_pairs(names, tokenizer, need_rejected):
@@ -491,6 +492,8 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
         cut += len(prompt) < len(ids[0])
         arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
         pairs.append(Pair(*arrays, record.dispersion, where, record.votes))
+        if needed and getattr(record, needed) is None:
+            raise BadData(f"{where}: no {needed!r}; this --dispersion needs it in every record")
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
@@ -498,6 +501,16 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
         files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
         raise BadData(f"{files}: no pairs in it" + (f" ({bad:,} bad records skipped)" if bad else ""))
     return Dataset(pairs, cut, len(dropped), bad)
+
+
+def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs held out: so many of them, or if below 1 this share.  Raises BadData."""
+    count = math.ceil(share * len(pairs)) if share < 1 else int(share)
+    if count >= len(pairs):
+        raise BadData(f"--eval-pairs {share} leaves none of the {len(pairs)} pairs to train on")
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    held_out, kept = sorted(order[:count]), sorted(order[count:])
+    return [pairs[i] for i in kept], [pairs[i] for i in held_out]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -519,9 +532,13 @@ class Schedule:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.costs))
         return self._order[1][place * self.batch_size:(place + 1) * self.batch_size].tolist()
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-        """This rank's rows of the step; every rank has equally many, some may be empty."""
-        return pack(self.batch(step), self.costs, self.tokens_per_row, world)[rank::world]
+    def all_rows(self, step: int, ranks: int) -> list[list[int]]:
+        """All ranks' rows of the step: those of rank r are [r::ranks]; each has equally many, some may be empty."""
+        return pack(self.batch(step), self.costs, self.tokens_per_row, ranks)
+
+    def rows(self, step: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+        """This rank's rows of the step."""
+        return self.all_rows(step, ranks)[rank::ranks]
 
 
 def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
@@ -538,6 +555,62 @@ def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -
         if max(load) <= budget or count >= len(indices) + multiple:
             return rows
         count += multiple
+
+
+@dataclass
+class Split:
+    """The training pairs or the held-out ones, and all that the loss wants to know of them."""
+    pairs: list[Pair]
+    schedule: Schedule
+    steps: int                   # of the schedule that are run
+    ref_logp: Tensor             # (P, 2) the reference's log-probability of both responses, nats
+    index: Tensor                # (P,) dispersion index, or the phi of the record; nan: not visited
+    weight: Tensor               # (P,) of the prompt in the loss
+
+    @classmethod
+    def plan(cls, pairs: list[Pair], batch_size: int, seed: int, tokens_per_row: int | None, default: int,
+             device: torch.device) -> "Split":
+        """Lay out one epoch; without tokens_per_row, rows take the default, or more if a pair does.
+
+        Raises BadData if a pair is longer than a row may be.
+        """
+        costs = [pair.cost() for pair in pairs]
+        longest = max(range(len(pairs)), key=costs.__getitem__)
+        budget = tokens_per_row or max(costs[longest], default)
+        if costs[longest] > budget:
+            raise BadData(f"--tokens-per-row {budget} is too small for {pairs[longest].where}, which takes "
+                          f"{costs[longest]} tokens; raise it, or lower --max-tokens")
+        schedule = Schedule(costs, batch_size, seed, budget)
+        return cls(pairs, schedule, schedule.steps_per_epoch, torch.zeros(len(pairs), 2, device=device),
+                   torch.full((len(pairs),), torch.nan), torch.ones(len(pairs), device=device))
+
+    def first_epoch(self) -> range:
+        """The steps that visit each pair that is ever visited."""
+        return range(min(self.steps, self.schedule.steps_per_epoch))
+
+    def visited(self) -> list[int]:
+        """The pairs that the steps visit, in order."""
+        return sorted(i for step in self.first_epoch() for i in self.schedule.batch(step))
+
+    def digest(self) -> str:
+        """A hash of all that a run takes from the records."""
+        parts = (pair.digest() + f"{pair.dispersion} {pair.votes}".encode() for pair in self.pairs)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def set_reference(self, scores: dict, vocab_size: int) -> None:
+        """Take over what the reference said of the pairs that are visited: digest of a pair -> (logp, entropy), arrays
+        over the tokens of chosen, then rejected."""
+        logp = torch.zeros(len(self.pairs), 2, dtype=torch.float64)
+        entropy = torch.full_like(logp, torch.nan)
+        for i in self.visited():
+            pair = self.pairs[i]
+            found, end = scores[pair.digest()], len(pair.chosen)
+            if len(found.logp) != end + len(pair.rejected):
+                raise BadData(f"{pair.where}: has more or fewer tokens than the reference's scores of it")
+            logp[i] = torch.tensor([half.sum(dtype=np.float64) for half in np.split(found.logp, [end])])
+            entropy[i] = torch.tensor([half.mean(dtype=np.float64) for half in np.split(found.entropy, [end])])
+        self.ref_logp = logp.to(self.ref_logp)                                            # (P, 2)
+        self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
 
 
 class PackedRow(NamedTuple):
@@ -565,6 +638,10 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
     A segment id is group * branches + branch, as model.visible reads it (branches: model.BRANCHES); branch 0 is the
     prompt.  Raises ValueError if a group has more responses than that leaves room for.
     """
+    if not groups:                                                        # a row with nothing scored: one lone token
+        tokens, positions, segments = torch.zeros(3, 1, 1, dtype=torch.int64, device=device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return PackedRow(tokens, positions, segments, nothing, nothing, nothing, nothing.view(0, 2))
     if any(len(group) > branches for group in groups):
         raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
     tokens, positions, segments, source, target, owner, at = [], [], [], [], [], [], 0
@@ -594,67 +671,7 @@ def to_device(values, device: str | torch.device) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. What the reference said of each pair, kept in a file
-
-class Scores(NamedTuple):
-    """What the reference said of one pair: float32 arrays over the tokens of chosen, then rejected."""
-    logp: np.ndarray
-    entropy: np.ndarray
-
-
-def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
-    """digest of a pair -> Scores; empty without the file.  Raises BadData if other weights made it."""
-    if not path.exists():
-        return {}
-    try:
-        with safe_open(path, "np") as file:
-            made_by = (file.metadata() or {}).get("key")
-            digests, lengths, logp, entropy = (file.get_tensor(n) for n in ("digest", "length", "logp", "entropy"))
-        kinds = [(x.dtype.name, x.shape) for x in (digests, lengths, logp, entropy)]
-        n, total = len(lengths), int(lengths.sum(dtype=np.int64))
-        if (lengths < 0).any() or not np.isfinite([logp.sum(), entropy.sum()]).all() or kinds != [
-                ("uint8", (n, 16)), ("int32", (n,)), *[("float32", (total,))] * 2]:
-            raise TypeError("its tensors are not those of scores")
-    except (SafetensorError, AttributeError, TypeError) as error:       # the latter of types that numpy has not
-        raise BadData(f"{path}: not a whole file of scores ({error}); give --reference another path") from None
-    if made_by != key:
-        raise BadData(f"{path}: scored by other weights or another --dtype; choose another --out, or remove it")
-    ends = np.cumsum(lengths)[:-1]
-    return {bytes(digest): Scores(*parts)
-            for digest, *parts in zip(digests, np.split(logp, ends), np.split(entropy, ends))}
-
-
-def lock_file(path: Path, wait: bool = True):
-    """An open file; nobody else gets it from here until it is closed, or its process dies.
-
-    Raises BlockingIOError if another process has it and `wait` is False.
-    """
-    import fcntl  # not on Windows
-    file = open(path, "a")                                         # noqa: SIM115 (open is what it shall be)
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    return file
-
-
-def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
-    """Add scores to the file, as others may do at the same time; what it has, stays."""
-    with lock_file(path.with_name(path.name + ".lock")):
-        scores = scores | read_reference(path, key)
-        tensors = {"digest": torch.tensor(np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16).copy()),
-                   "length": torch.tensor([len(s.logp) for s in scores.values()], dtype=torch.int32),
-                   "logp": torch.from_numpy(np.concatenate([s.logp for s in scores.values()])),
-                   "entropy": torch.from_numpy(np.concatenate([s.entropy for s in scores.values()]))}
-        new = path.with_name(path.name + ".new")
-        new.write_bytes(save(tensors, metadata={"key": key}))
-        os.replace(new, path)
-
-
-def write_jsonl(path: Path, rows) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 7. The data doctor
+# 6. The data doctor
 
 def show(tokenizer: Tokenizer, where: str, prompt: list[int], *sides: list[int]) -> None:
     """Print a pair; bars stand between the scored tokens."""

@@ -173,7 +173,7 @@ def ours(job: dict) -> dict:
     import torch
 
     import train
-    from data import Pair
+    from data import Pair, Split
     from model import Transformer
     clock = Clock(job, torch)
     cfg = train.Config(model=job["model"], data="pairs", loss="dpo", lr=job["lr"], warmup=0.0, decay="constant",
@@ -189,10 +189,12 @@ def ours(job: dict) -> dict:
     encode, lines = encoder(Path(cfg.model)), Path(job["work"], "pairs.jsonl").read_text().splitlines()
     pairs = [Pair(*(np.array(ids, dtype=np.int32) for ids in encode(json.loads(line))), None, str(i))
              for i, line in enumerate(lines)]
-    part = train.Split.plan(pairs, cfg, world, cfg.steps)
+    default = train.ROW_TOKENS[world.device.type, cfg.compile]
+    part = Split.plan(pairs, cfg.batch_size, cfg.seed, cfg.tokens_per_row, default, world.device)
+    part.steps = cfg.steps
     scores, before = Path(job["work"], f"reference{job['born']}.safetensors"), clock.now()
-    known = train.score_reference(model, scores, train.fingerprint(model, world), part.rows(world), world)
-    part.attach(known, model.config.vocab_size)
+    known = train.score_reference(model, scores, train.fingerprint(model, world), [part], world)
+    part.set_reference(known, model.config.vocab_size)
     reference, rows, sizes = clock.now() - before, [], []
     profiler = torch.profiler.profile() if job["profile"] else None
 
@@ -203,7 +205,7 @@ def ours(job: dict) -> dict:
             profiler.start() if step < cfg.steps else profiler.stop()
     model.register_forward_pre_hook(lambda model, inputs: sizes.append(inputs[0].numel()))
     state = {"step": 0, "seconds": 0.0, "skipped": []}
-    train.train(cfg, model, part, None, world, state, [], rows.append, None, on_step)
+    train.train(train.Run(cfg, model, world, state, rows.append, None, [], on_step), part, None)
     dynamo = sys.modules.get("torch._dynamo.utils")
     found = clock.result([row["loss"] for row in rows], reference_s=reference, torch=torch.__version__,
                          graphs=dynamo.counters["stats"]["unique_graphs"] if dynamo else 0, **facts(model, part))
@@ -211,7 +213,6 @@ def ours(job: dict) -> dict:
     ranks[world.rank], ranks[-2], ranks[-1] = found["peak_mb"], sum(sizes), len(sizes)
     *peaks, positions, rows = world.sum_over_ranks(ranks).tolist()
     return {**found, "peak_mb": max(peaks), "peaks_mb": peaks, "positions": positions, "rows": rows,
-            "estimate": {k: n / 2 ** 20 for k, n in train.memory(model, part, world).items()} if job["memory"] else {},
             "operations": operations(profiler, clock.cuda) if profiler else []}
 
 
@@ -385,9 +386,6 @@ def table(rows: list[dict]) -> str:
         said.append(f"    against the best of TRL in each: {ours['pairs_s'] / best['pairs_s']:.1f} times the pairs/s, "
                     f"{ours['peak_mb'] / best['peak_mb']:.2f} of the memory, first step after "
                     f"{ours['first_s'] / best['first_s']:.2f} of the time")
-    if parts := ours["estimate"]:
-        said.append(f"    the trainer's estimate is {sum(parts.values()) / ours['peak_mb']:.2f} of the peak; in MB: "
-                    + ", ".join(f"{name} {size:,.0f}" for name, size in parts.items()))
     spent = {kind: sum(ms for _, of, ms, _ in ours["operations"] if of == kind) for kind in KINDS}
     if total := sum(spent.values()):
         said += [f"    {ms:9.1f} ms {ms / total:6.1%} {calls:6} x  {kind:<17}{name[:60]}"
@@ -400,13 +398,12 @@ def slopes(rows: list[dict]) -> str:
     """For each vocabulary, the line of a step's memory against the tokens of its only row."""
     said = []
     for vocab, group in itertools.groupby(rows, lambda row: row["job"]["vocab"]):
-        x, *both = zip(*((max(row["computed"]), row["peak_mb"], sum(row["estimate"].values())) for row in group))
-        for what, y in zip(("measured", "estimated"), both):
-            slope, start = statistics.linear_regression(x, y)
-            off = max(abs(b - start - slope * a) for a, b in zip(x, y))
-            said.append(f"{vocab:,} words, {what}: {slope * 1024:.0f} KB a token, where vocabulary x 4 bytes would be "
-                        f"{vocab / 256:.0f} KB; {start:,.0f} MB at none; R^2 {statistics.correlation(x, y) ** 2:.5f}, "
-                        f"off the line by at most {off:.0f} MB")
+        x, y = zip(*((max(row["computed"]), row["peak_mb"]) for row in group))
+        slope, start = statistics.linear_regression(x, y)
+        off = max(abs(b - start - slope * a) for a, b in zip(x, y))
+        said.append(f"{vocab:,} words: {slope * 1024:.0f} KB per token, where vocabulary x 4 bytes would be "
+                    f"{vocab / 256:.0f} KB; {start:,.0f} MB at none; R^2 {statistics.correlation(x, y) ** 2:.5f}, "
+                    f"off the line by at most {off:.0f} MB")
     return "\n".join(said)
 
 

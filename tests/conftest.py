@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 from bandit import Population  # noqa: E402
-from data import write_jsonl  # noqa: E402
+from train import write_jsonl  # noqa: E402
 
 LLAMA = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, tie_word_embeddings=False)

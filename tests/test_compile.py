@@ -15,9 +15,9 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
 import train
-from data import Tokenizer, collate, load_pairs
+from data import Split, Tokenizer, collate, load_pairs
 from model import BRANCHES, Transformer, add_lora, attention_blocks, visible
-from train import Config, Split
+from train import Config
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_no_row_waits_for_the_device(make_model, pairs, monkeypatch):
     folder = make_model("qwen3-window")
     cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
     world = train.join_world(cfg)._replace(device=torch.device("meta"))
-    part = Split.plan(load_pairs(pairs, Tokenizer(folder), 64).pairs, cfg, world, None)
+    part = Split.plan(load_pairs(pairs, Tokenizer(folder), 64).pairs, 16, 0, 400, 0, world.device)
     model = Transformer.from_pretrained(folder).to("meta")
     model.chunk = 10 ** 6
     monkeypatch.setattr(model, "precision", lambda device: torch.float32)             # (no autocast there)

@@ -31,8 +31,8 @@ from data import (
     pack,
     parse,
     read_lines,
-    write_jsonl,
 )
+from train import write_jsonl
 
 GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
 

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import train
-from data import Tokenizer, load_pairs, parse, read_lines, read_reference
+from data import Tokenizer, load_pairs, parse, read_lines
 from model import Transformer
+from train import read_reference
 
 SECONDS, ROOM = 20, 1536 << 10                                      # ROOM in KiB, above what the process has already
 GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
@@ -234,7 +235,7 @@ def test_a_template_is_given_its_time_once(make_model, tmp_path, monkeypatch):
     changed_tokenizer(make_model, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
                                                   "{% endfor %}")
-    data.write_jsonl(tmp_path / "f.jsonl", [CHAT] * 100)
+    train.write_jsonl(tmp_path / "f.jsonl", [CHAT] * 100)
     refused(lambda: load_pairs(tmp_path / "f.jsonl", Tokenizer(tmp_path), 50, skip_bad=True), "BadData",
             "(100 bad records skipped)")
 

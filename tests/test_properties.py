@@ -206,7 +206,8 @@ def test_each_scored_token_sees_its_prompt_and_its_own_response(groups):
     found = {}
     for source, target, owner in zip(*(x.tolist() for x in (rows.source, rows.target, rows.owner))):
         group, branch = divmod(segments[source], BRANCHES)
-        seen = [j for j in range(source + 1) if segments[j] // BRANCHES == group and segments[j] % BRANCHES in (0, branch)]
+        own = (group * BRANCHES, segments[source])                   # the prompt, and its own response
+        seen = [j for j in range(source + 1) if segments[j] in own]
         assert [positions[j] for j in seen] == list(range(len(seen)))
         g, r = divmod(owner, len(groups[0]) - 1)
         assert g == group and branch in (0, r + 1)

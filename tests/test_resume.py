@@ -19,7 +19,6 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import refused, rows_of
 
-import data
 import model as model_file
 import train
 from train import BadConfig, Config, RunFailed, World, checkpoints, fit
@@ -160,7 +159,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", lambda *arguments: (saves.append(arguments), save(*arguments)))
     job(out=str(tmp_path / "end"))
     job(stop_at=1)
-    cfg, state, model, optimizer, _ = saves[-1]
+    last, _ = saves[-1]
     count, fail_at = [0], [0]
 
     def failing(real):
@@ -184,7 +183,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
                 for name in names.split():
                     patch.setattr(place, name, failing(getattr(place, name)))
             try:
-                save(cfg, {**state, "step": 3}, model, optimizer, ALONE)     # of 3, though the weights are of 2
+                save(last, 3)                                        # of 3, though the weights are of 2
             except RunFailed as error:
                 assert "cannot be written ([Errno 28]" in str(error) and "bytes, " in str(error)
         found = checkpoints(out)
@@ -217,19 +216,19 @@ def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, steps, how):
     """Make the first pair of some steps bad."""
-    judge, gradient, now = train.score_pairs, train.train_step, [None, None]
+    score_pairs, train_step, now = train.score_pairs, train.train_step, [None, None]
 
-    def bad_judge(policy, method, part, indices, world):
-        outcome = judge(policy, method, part, indices, world)
+    def bad_scores(policy, method, split, indices, world):
+        outcome = score_pairs(policy, method, split, indices, world)
         hit = torch.tensor([now[0] in steps and i == now[1] for i in indices])
         loss = outcome.loss.clone()
         loss[hit] = how(outcome.loss[hit])
         return outcome._replace(loss=loss)
 
-    def note(policy, scaler, method, part, step, *rest):
-        now[:] = step, part.schedule.batch(step)[0]
-        return gradient(policy, scaler, method, part, step, *rest)
-    monkeypatch.setattr(train, "score_pairs", bad_judge)
+    def note(run, split, step):
+        now[:] = step, split.schedule.batch(step)[0]
+        return train_step(run, split, step)
+    monkeypatch.setattr(train, "score_pairs", bad_scores)
     monkeypatch.setattr(train, "train_step", note)
 
 
@@ -283,7 +282,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 
 def test_two_runs_in_one_folder(job, tmp_path):
     (tmp_path / "out").mkdir()
-    with data.lock_file(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
+    with train.lock_file(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
         job()
     job()
 
@@ -295,13 +294,13 @@ def test_two_runs_share_a_reference(tmp_path):
     def write(n):
         for i in range(40):
             one = np.full(3, i, dtype=np.float32)
-            data.write_reference(path, "key", {bytes([n, i] + 14 * [0]): data.Scores(one, one)})
+            train.write_reference(path, "key", {bytes([n, i] + 14 * [0]): train.Scores(one, one)})
     runs = [threading.Thread(target=write, args=(n,)) for n in range(2)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
-    found = data.read_reference(path, "key")
+    found = train.read_reference(path, "key")
     assert {key[:2] for key in found} == {bytes([n, i]) for n in range(2) for i in range(40)}
     assert all(score.logp.tolist() == 3 * [key[1]] for key, score in found.items())
 
@@ -311,7 +310,7 @@ def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsy
 
     def interrupted(groups, branches, device):
         rows[0] += 1
-        if rows[0] == 5:                                           # the first two weigh the memory
+        if rows[0] == 4:                                           # the first one measures the memory
             raise KeyboardInterrupt(signal.SIGINT)
         return collate(groups, branches, device)
     monkeypatch.setattr(train, "collate", interrupted)
@@ -372,11 +371,11 @@ def test_torchrun(make_model, pairs, tmp_path):
     (tmp_path / "fail.py").write_text(f"""if True:
         import os, sys; sys.path.insert(0, {str(ROOT)!r})
         import train
-        gradient = train.train_step
-        def failing(policy, scaler, method, part, step, *rest):
+        train_step = train.train_step
+        def failing(run, split, step):
             if step == 2 and os.environ["RANK"] == "1":
                 raise train.RunFailed("as asked")
-            return gradient(policy, scaler, method, part, step, *rest)
+            return train_step(run, split, step)
         train.train_step = failing
         train.main()""")
     command = [sys.executable, *torchrun, tmp_path / "fail.py", "--model", make_model(), "--data", pairs, "--out",

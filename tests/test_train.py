@@ -1,11 +1,12 @@
 """train.py as a user runs it."""
-import itertools
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 
 import mallowspo
 import train
-from data import Pair, Tokenizer, load_pairs, write_jsonl
+from data import Split, Tokenizer, load_pairs
 from mallowspo import LOSSES
 from model import Transformer, add_lora
-from train import Config, Split
+from train import Config, write_jsonl
 
 QUICK = ["--steps", 3, "--batch-size", 16, "--lr", 1e-5, "--samples", 1, "--sample-tokens", 4, "--max-tokens", 64]
 
@@ -377,55 +378,49 @@ def test_bfloat16_weights_move_at_small_rates():
     assert torch.allclose(found["ours", torch.float32], want, atol=1e-9)
 
 
-def test_the_estimate_of_activations(make_model, pairs):
-    """Activations of a row from those of a few tokens, against those that a whole row keeps."""
-    model = Transformer.from_pretrained(make_model("llama-grouped"))
-    cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
-    world = train.join_world(cfg)
-    part = Split.plan(load_pairs(pairs, Tokenizer(make_model("llama-grouped")), 64).pairs, cfg, world, None)
-    sizes = train.memory(model, part, world)
-    count = sum(p.numel() for p in model.parameters())
-    assert (sizes["parameters"], sizes["gradients"], sizes["optimiser"]) == (4 * count, 4 * count, 8 * count)
-    row = max((row for s in part.first_epoch() for row in part.schedule.rows(s)),
-              key=lambda row: sum(part.schedule.costs[i] for i in row))
-    whole, table = train.kept(model, [part.pairs[i][:3] for i in row], world), 4 * model.head.weight.numel()
-    found = sizes["activations"] - table                                              # with the head's gradient
-    assert found == pytest.approx(whole * (1 + 1 / model.config.layers), rel=0.15)    # and a block's
-    model.checkpointed = True
-    assert train.memory(model, part, world)["activations"] - table < 0.5 * found
-
-
-@pytest.mark.parametrize("budget", [4096, 1200], ids=["one row", "rows"])
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "low rank"])
-def test_the_estimate_of_memory(budget, kind):
-    """Within 15 % of the bytes in use at the worst moment of the step with the longest row, as torch counts them; where
-    a step is one row, a CPU's estimate counts the gradients beside the activations that go as they come."""
-    torch.manual_seed(0)
-    model = Transformer.from_config(
-        {"model_type": "llama", "vocab_size": 8000, "hidden_size": 192, "intermediate_size": 512, "hidden_act": "silu",
-         "num_hidden_layers": 6, "num_attention_heads": 6, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-         "tie_word_embeddings": True})
+def test_the_measurement_of_memory(make_model, pairs, capsys, kind):
+    """The largest row goes there and back, once; no gradient stays, and no later step is another one."""
+    model = Transformer.from_pretrained(make_model("llama-grouped"))
     model.checkpointed = kind == "checkpointed"
     if kind == "low rank":
         add_lora(model, 4, 8)
-    texts = [[np.arange(n) for n in sizes] for sizes in zip(range(30, 62), range(60, 28, -1), [40, 50] * 16)]
-    cfg = Config(model="-", data="-", batch_size=16, tokens_per_row=budget)
-    world = train.join_world(cfg)
-    part = Split.plan([Pair(*ids, None, "") for ids in texts], cfg, world, None)
-    costs = part.schedule.costs
-    step = max(part.first_epoch(), key=lambda step: max(sum(costs[i] for i in row) for row in part.schedule.rows(step)))
-    assert (len(part.schedule.rows(step)) > 1) == (budget == 1200)
+    split = Split.plan(load_pairs(pairs, Tokenizer(make_model("llama-grouped")), 64).pairs, 16, 0, 400, 0, "cpu")
+    rows = [row for step in range(split.steps) for row in split.schedule.rows(step)]
+    largest = max(sum(split.schedule.costs[i] for i in row) for row in rows)
+    world, rows = train.join_world(Config(device="cpu")), []
+    model.register_forward_pre_hook(lambda model, inputs: rows.append(inputs[0].numel()))
+    train.measure_memory(Config(), model, split, world)
+    said = capsys.readouterr().out
+    assert rows == [largest] and all(p.grad is None for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shown = re.search(r"parameters (.*), gradients (.*), optimiser (.*) GiB per process", said)
+    for text, size in zip(shown.groups(), (4 * count, 4 * trained, 8 * trained)):
+        assert float(text) == pytest.approx(size / 2 ** 30, abs=0.006)
+    reached = float(re.search(r"reached (\S+) GiB", said)[1])
+    assert 0.1 < reached <= train.peak_memory(world) + 0.006                          # the program itself is in it
 
-    sizes = train.memory(model, part, world)
-    ready = sum(p.numel() * (4 + 8 * p.requires_grad) for p in model.parameters())     # with the optimiser's moments
-    assert sizes["parameters"] + sizes["optimiser"] == ready
-    with torch.profiler.profile(profile_memory=True) as profile:
-        train.train_step(model, torch.amp.GradScaler("cpu", enabled=False), cfg.method, part, step, world, [])
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    in_use = max(itertools.accumulate(event.nbytes() for event in events))
-    twice = min(sizes["gradients"], sizes["activations"]) * (budget == 4096)
-    assert sum(sizes.values()) - ready - twice == pytest.approx(in_use, rel=0.15)
+
+def test_the_measurement_changes_no_number(run, trained, make_model, pairs, held_out, tmp_path):
+    (tmp_path / "without.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+                                         "train.measure_memory = lambda *arguments: None\ntrain.main()")
+    flags = ["--model", make_model(), "--data", pairs, "--eval-data", held_out, "--out", tmp_path / "out", *QUICK]
+    done = subprocess.run([sys.executable, tmp_path / "without.py", *map(str, flags)], capture_output=True, text=True)
+    assert done.returncode == 0 and "memory " not in done.stdout, done.stderr
+    assert "memory " in trained[1]
+    same_run(trained[0], tmp_path / "out", exactly=True)
+
+
+def test_running_out_of_memory_comes_before_the_reference_pass(make_model, pairs, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+    monkeypatch.setattr(train, "score_pairs", full)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--model", str(make_model()), "--data", str(pairs), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "lower --tokens-per-row" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("generation, dtype", [(7, torch.float16), (9, torch.bfloat16)])
@@ -439,7 +434,8 @@ def test_what_a_gpu_computes_in(monkeypatch, generation, dtype):
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pairs, tmp_path):
     done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "out", "--dry-run", *QUICK)
-    assert done.returncode == 0 and "memory" in done.stdout and "activations" in done.stdout, done.stderr
+    assert done.returncode == 0 and "GiB before there is an optimiser" in done.stdout, done.stderr
+    assert "reference " not in done.stdout
     assert not (tmp_path / "out").exists()
 
 

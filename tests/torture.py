@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import train  # noqa: E402
 from bandit import Population  # noqa: E402
-from data import write_jsonl  # noqa: E402
 from model import Transformer  # noqa: E402
+from train import write_jsonl  # noqa: E402
 
 FLAGS = ("--steps 10 --batch-size 16 --lr 1e-3 --samples 1 --sample-tokens 4 --eval-every 3 --save-every 2 "
          "--max-tokens 64 --tokens-per-row 100").split()
@@ -182,13 +182,13 @@ def worker(folder: Path, out: Path, moments: list[int]) -> None:
     """A rank under torchrun; in try r, rank r % 2 kills itself in its step moments[r]."""
     keep_states(out)
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-    count, gradient = [0], train.train_step
+    count, step = [0], train.train_step
 
     def deadly(*arguments):
         count[0] += 1
         if attempt < len(moments) and rank == attempt % 2 and count[0] == moments[attempt]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return gradient(*arguments)
+        return step(*arguments)
     train.train_step = deadly
     train.main(["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--eval-data",
                 str(folder / "held.jsonl"), "--out", str(out), *FLAGS])
