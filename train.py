@@ -70,21 +70,28 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], world:
 
 def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], bool]:
     """One step of the optimiser -> its figures, and whether a signal asks to stop, here or on another rank."""
-    batch = split.schedule.batch(step)                                  # the pairs of all ranks
-    rows = split.schedule.rows(step, run.world.rank, run.world.size)    # of this rank; all ranks have equally many
+    batch, world = split.schedule.batch(step), run.world                # the pairs of all ranks
+    rows = split.schedule.rows(step, world.rank, world.size)            # of this rank; all ranks have equally many
     outcomes = []
     for row in rows:
-        with gradient_sync(run.policy, run.world, now=row is rows[-1]):
+        with gradient_sync(run.policy, world, now=row is rows[-1]):
             # --- the method: everything else in this file is bookkeeping ------------------------------------
-            outcome = score_pairs(run.policy, run.cfg.method, split, row, run.world)
+            outcome = score_pairs(run.policy, run.cfg.method, split, row, world)
             loss = outcome.loss.sum() / len(batch)                      # neither ranks nor rows change the step
             # ------------------------------------------------------------------------------------------------
-            run.scaler.scale(loss * run.world.size).backward()          # DDP takes the mean over ranks, not the sum
+            run.scaler.scale(loss * world.size).backward()              # DDP takes the mean over ranks, not the sum
         outcomes.append(torch.stack(outcome).detach())                  # (7, B)
         del outcome, loss                                               # or this row's logits stay beside the next's
-    means, bad, stop = gather_outcomes(torch.cat(outcomes, 1), rows, batch, run)
-    norm = run.update_weights(split, step, bad)
-    return {**means, "lr": run.optimizer.lr, "grad_norm": norm}, stop
+    outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank)
+    n, finite = len(outcomes), torch.isfinite(outcomes[0]).float()
+    total = torch.zeros(n + 1 + len(batch), device=world.device)        # outcomes, a signal, which losses are finite
+    total[:n] = outcomes.sum(1)
+    total[n:n + 1] = bool(run.signals)                                  # a slice: until the sum nothing waits for a GPU
+    total[to_device([n + 1 + batch.index(i) for row in rows for i in row], world.device)] = finite
+    values = world.sum_over_ranks(total).tolist()
+    bad = [i for i, fine in zip(batch, values[n + 1:]) if not fine]
+    figures = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
+    return {**figures, "lr": run.optimizer.lr, "grad_norm": run.update_weights(split, step, bad)}, bool(values[n])
 
 
 def train(run: Run, split: Split, held_out: Split | None) -> None:
@@ -100,7 +107,7 @@ def train(run: Run, split: Split, held_out: Split | None) -> None:
         run.optimizer.lr = learning_rate(cfg, step, split.steps)
         figures, stop = train_step(run, split, step)
         run.log_step(split, step, figures, began)
-        if checkpoint_due(run, step + 1, last=stop or step + 1 == split.steps):
+        if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):
             save_checkpoint(run, step + 1)
         if stop:
             world.barrier()                                             # torchrun ends all when one ends
@@ -133,14 +140,15 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 # 2. The reference and the weights: the model before step 1 scores each pair once, into a file
 
+SCORES_SECONDS = 120                               # between writes of the reference's scores
+
+
 @torch.no_grad()
-def score_reference(model: Transformer, path: Path, key: str, splits: list[Split],
-                    world: World) -> dict[bytes, Scores]:
+def score_reference(model: Transformer, path: Path, key: str, splits: list[Split], world: World) -> dict[bytes, Scores]:
     """Score the pairs that the file lacks, each in the first row that has it; every rank gets all scores.
 
     The rows are those of training, so what is scored here the policy's first step scores alike, to the last bit.
-    A pass that is interrupted goes on from what is in the file.
-    """
+    A pass that is interrupted goes on from what is in the file."""
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
             for row in split.schedule.all_rows(step, world.size)]  # of all ranks: those of rank r are rows[r::size]
     known, first, fresh = read_reference(path, key), {}, {}
@@ -148,43 +156,34 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
         for pair in row:
             first.setdefault(pair.digest(), i)
     missing = first.keys() - known.keys()
-    world.say(f"reference   scoring {len(missing):,} pairs into {path}" if missing else
-              f"reference   all scores reused from {path}")
-    start = saved = time.perf_counter()
+    what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
+    world.say(f"reference   {what} {path}")
+    began = saved = time.perf_counter()
     try:
         for turn in sorted({first[digest] // world.size for digest in missing}):          # of all ranks, at once
-            i = turn * world.size + world.rank
-            for digest, scores in score_row(model, rows[i], world).items():
-                if first[digest] == i and digest in missing:
-                    fresh[digest] = scores
+            i, end = turn * world.size + world.rank, 0
+            row = collate([pair[:3] for pair in rows[i]], BRANCHES, world.device)
+            with world.autocast():
+                scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()    # (2, N): waits for a GPU
+            if not np.isfinite(scores[0]).all():
+                raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
+                                + ", ".join(pair.where for pair in rows[i][:8]))
+            for pair in rows[i]:
+                start, end = end, end + len(pair.chosen) + len(pair.rejected)
+                if first[pair.digest()] == i and pair.digest() in missing:
+                    fresh.setdefault(pair.digest(), Scores(*scores[:, start:end]))
             if time.perf_counter() - saved > SCORES_SECONDS:
                 write_reference(path, key, fresh)
                 fresh, saved = {}, time.perf_counter()
     finally:
-        if fresh:
-            write_reference(path, key, fresh)
+        write_reference(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
-    found = read_reference(path, key)
-    if not first.keys() <= found.keys():
-        raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
     if missing:
-        world.say(f"            {len(missing) / (time.perf_counter() - start):.1f} pairs/s")
-    return found
-
-
-def score_row(model: Transformer, pairs: list[Pair], world: World) -> dict[bytes, Scores]:
-    """What the model says of each response token of the pairs of a row."""
-    row = collate([pair[:3] for pair in pairs], BRANCHES, world.device)
-    with world.autocast():
-        scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()            # (2, N): waits for a GPU
-    if not np.isfinite(scores[0]).all():
-        raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
-                        + ", ".join(pair.where for pair in pairs[:8]))
-    found, end = {}, 0
-    for pair in pairs:
-        start, end = end, end + len(pair.chosen) + len(pair.rejected)
-        found.setdefault(pair.digest(), Scores(*scores[:, start:end]))
-    return found
+        world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
+        known = read_reference(path, key)
+    if not first.keys() <= known.keys():
+        raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
+    return known
 
 
 def fingerprint(model: Transformer, world: World) -> str:
@@ -203,30 +202,40 @@ RECORD_PHI = {"field": ("dispersion", lambda phi: phi),
               "votes": ("votes", lambda votes: mallowspo.lam_of_votes(votes).neg().exp())}           # (P, 2) -> (P,)
 
 
-def prompt_weights(cfg: Config, model: Transformer, key: str, splits: list[Split], world: World) -> float | None:
-    """The reference pass, and from it the weight of every prompt; returns phi_star, which the first split decides."""
-    method, power = cfg.method, cfg.dispersion_power
+def prompt_weights(cfg: Config, model: Transformer, key: str, split: Split, held_out: Split | None,
+                   world: World) -> float | None:
+    """The reference pass, and from it the weight of every prompt; returns phi_star, which the training pairs decide."""
+    method, power, splits = cfg.method, cfg.dispersion_power, [split, held_out] if held_out else [split]
     if method.link and (method.alpha or method.dispersion == "entropy"):
         path = Path(cfg.reference or Path(cfg.out) / "reference.safetensors")
         scores = score_reference(model, path, key, splits, world)
-        for split in splits:
-            split.set_reference(scores, model.config.vocab_size)
+        for each in splits:
+            each.set_reference(scores, model.config.vocab_size)
     if method.dispersion == "constant":
         return None
     if method.dispersion in RECORD_PHI:
         name, to_phi = RECORD_PHI[method.dispersion]
-        for split in splits:
-            split.index = to_phi(torch.tensor([getattr(pair, name) for pair in split.pairs])).float()
-    seen = splits[0].index[splits[0].visited()]
+        for each in splits:
+            each.index = to_phi(torch.tensor([getattr(pair, name) for pair in each.pairs])).float()
+    seen = split.index[split.visited()]
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, power)
-    for split in splits:
-        split.weight = mallowspo.dispersion_weight(split.index, phi_star, power).to(world.device)
+    for each in splits:
+        each.weight = mallowspo.dispersion_weight(each.index, phi_star, power).to(world.device)
     weight = mallowspo.dispersion_weight(seen, phi_star, power)
     source = "given" if cfg.phi_star else "calibrated"
     world.say(f"dispersion  phi_star {phi_star:.4f} ({source}), weights {weight.min():.2f} to {weight.max():.2f}, mean "
               f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {mallowspo.count_clamped(seen)} of "
               f"{len(seen):,} indices clamped")
     return phi_star
+
+
+def dispersion_entries(method: Method, split: Split):
+    """What became of the dispersion of every pair that is visited, for dispersion.jsonl."""
+    phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight)).cpu()
+    for i in split.visited():
+        if not math.isnan(split.index[i]):
+            yield {"index": i, "entropy": split.index[i].item(), "weight": split.weight[i].item(), "phi": phi[i].item(),
+                   "where": split.pairs[i].where}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,6 +246,7 @@ class BadConfig(ValueError):
 
 
 def refuse(wrong, why: str) -> None:
+    """Raise BadConfig if something is wrong."""
     if wrong:
         raise BadConfig(why)
 
@@ -316,12 +326,8 @@ class Config:
         for names, fits, what in VALUES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise BadConfig(f"--{name.replace('_', '-')} is {value!r}, it must {what}")
-        self.refuse_conflicts()
-
-    def refuse_conflicts(self):
-        """Raise BadConfig if flags do not go together."""
+                refuse(value is not None and not fits(value),
+                       f"--{name.replace('_', '-')} is {value!r}, it must {what}")
         alone, source = self.model is None, self.method.dispersion
         savers = {"--shard": self.shard, "--lora-rank": self.lora_rank, "--param-dtype": self.param_dtype != "float32"}
         used = [name for name, given in savers.items() if given]
@@ -338,6 +344,8 @@ class Config:
                f"--dispersion {source} has no meaning for --loss {self.loss}")
         refuse(not alone and Path(self.model).resolve() == Path(self.out).resolve(),
                f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
+        refuse(self.reference and Path(self.reference).is_dir(),
+               f"--reference {self.reference}: a folder, it should be a file for the reference's scores")
         refuse(not alone and self.data is None, "--data is missing: a file of preference pairs")
         refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
 
@@ -373,25 +381,24 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
 def flag_kind(hint) -> dict:
     """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if kind is Literal:
-        return {"choices": inner}
+    if kind in (types.UnionType, typing.Union):
+        return flag_kind(inner[0])
     if kind is tuple:
         return {"nargs": "+", **flag_kind(inner[0])}
-    return flag_kind(inner[0]) if kind in (types.UnionType, typing.Union) else {"type": hint}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"choices": inner} if kind is Literal else {"type": hint}
 
 
 def config_flags(path: str) -> list[str]:
     """A JSON file of settings as flags, so that both meet the same checks."""
     try:
-        settings = read_json(Path(path))
-        items = settings.get("config", settings).items()
-    except (OSError, ValueError, AttributeError) as error:
+        settings, flags = read_json(Path(path)), []
+        settings = dict(settings.get("config", settings))
+    except (OSError, ValueError, TypeError) as error:
         why = getattr(error, "strerror", None) or f"not a JSON object ({error})"
         raise BadConfig(f"--config {path}: {why}") from None
-    flags = []
-    for name, value in items:
+    for name, value in settings.items():
         dashed = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(dashed if value else "--no-" + dashed[2:])
@@ -419,38 +426,43 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     if cfg.dry_run:
         return
     if cfg.reference:                                              # can it be written?
-        refuse(Path(cfg.reference).is_dir(), f"--reference {cfg.reference}: a folder, it should be a file of scores")
-        world.on_rank0(lambda: lock_folder(Path(cfg.reference + ".lock"), wait=True).close())
+        world.on_rank0(lambda: lock(Path(cfg.reference + ".lock")).close())
     with contextlib.ExitStack() as mine:
-        need = checkpoint_size(cfg, model) * (1 if cfg.save_every == 0 else 2)
-        world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", need)).name)
-        key = fingerprint(model, world)
+        world.on_rank0(lambda: mine.enter_context(lock(out / "lock", wait=False)).name)
+        world.on_rank0(refuse_small_disk, cfg, model)
         record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False,
-                  "phi_star": None, "steps": split.steps, "pairs": len(split.pairs),
-                  "held_out": len(held_out.pairs) if held_out else 0, "model_sha256": key,
-                  "data_sha256": split.digest(), "eval_data_sha256": held_out.digest() if held_out else None,
+                  "phi_star": None, "steps": split.steps, "pairs": len(split.pairs), "held_out": 0,
+                  "model_sha256": fingerprint(model, world), "data_sha256": split.digest(), "eval_data_sha256": None,
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "numpy": np.__version__}}
+        if held_out:
+            record |= {"held_out": len(held_out.pairs), "eval_data_sha256": held_out.digest()}
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        record["phi_star"] = prompt_weights(cfg, model, key, [split, held_out] if held_out else [split], world)
+        record["phi_star"] = prompt_weights(cfg, model, record["model_sha256"], split, held_out, world)
         if world.rank == 0:
-            write_dispersion(out / "dispersion.jsonl", cfg.method, split)
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
             write_json(out / "run.json", record)
         asked = (held_out or split).pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
-        with open_log(out / "metrics.jsonl", state["step"], world) as metrics, \
-                open_log(out / "evaluations.jsonl", state["step"], world) as evaluations, \
-                deferred_signals() as signals:
-            train(Run(cfg, model, world, state, metrics, evaluations, signals, on_step), split, held_out)
+        with deferred_signals() as signals:
+            train(Run(cfg, model, world, state, signals, on_step), split, held_out)
         after = answer(cfg, model, tokenizer, asked, world)
         if world.rank == 0:
+            texts = [[tokenizer.text(ids) for ids in pair[:3]] for pair in asked]
             write_jsonl(out / "samples.jsonl", (
-                {"prompt": tokenizer.text(pair.prompt), "chosen": tokenizer.text(pair.chosen),
-                 "rejected": tokenizer.text(pair.rejected), "before": b, "after": a}
-                for pair, b, a in zip(asked, before, after)))
-        save_finished(cfg, model, {**record, "finished": True, "skipped": state["skipped"]}, world)
+                {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
+                for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
+        save_weights(cfg, model, out, world)
+        if world.rank == 0:
+            write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
+            remove(checkpoints(out))
+            shutil.rmtree(out / "checkpoint", ignore_errors=True)
+        world.barrier()                                            # nobody reads the folder before it is whole
+        saved = "the model" if not cfg.lora_rank else "adapter/ and the model it makes" if cfg.merge else "adapter/"
+        skipped = f"; {len(state['skipped'])} steps were skipped" if state["skipped"] else ""
+        world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl{skipped}")
 
 
 def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
@@ -464,18 +476,21 @@ def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
-    if cfg.compile:
-        try:
+    try:
+        if cfg.compile:
             model.compile_blocks()
-        except (RuntimeError, OSError) as error:
-            raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
-                            f"{' '.join(str(error).split()):.300}; install it, or go without") from None
-    own = {file for file, _ in model.origin.tensors.values()}
-    others = {path.name for path in Path(cfg.out).glob("model*.safetensors")} - own
-    if others:
-        raise BadConfig(f"--out {cfg.out} holds weights of another model ({min(others)}); choose another folder")
-    if max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) >= model.config.vocab_size:
-        raise BadConfig(f"{cfg.model}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
+    except (RuntimeError, OSError) as error:
+        raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
+                        f"{' '.join(str(error).split()):.300}; install it, or go without") from None
+    own = [file for file, _ in model.origin.tensors.values()]
+    others = [path.name for path in sorted(Path(cfg.out).glob("model*.safetensors")) if path.name not in own]
+    refuse(others, f"--out {cfg.out} holds weights of another model ({', '.join(others)}); choose another folder")
+    refuse(max(tokenizer.backend.get_vocab(with_added_tokens=True).values()) >= model.config.vocab_size,
+           f"{cfg.model}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    world.say(f"model       {cfg.model}: {size:,.1f}M parameters, {trained:,.1f}M of them trained, "
+              f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}")
     for note in model.notes:
         world.say(f"note        {note}")
     return model, tokenizer
@@ -487,14 +502,12 @@ ROW_TOKENS = {("cpu", False): 2048, ("cpu", True): 2048, ("cuda", False): 4096, 
 
 def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> tuple[Split, Split | None]:
     """The training pairs and the held-out ones, planned; and a word on what is to come."""
-    limit = model.config.positions
-    if cfg.max_tokens is not None and cfg.max_tokens > limit:
-        raise BadConfig(f"--max-tokens {cfg.max_tokens}: the model was made for {limit} positions")
-    needed, _ = RECORD_PHI.get(cfg.method.dispersion, (None, None))
+    limit, (needed, _) = model.config.positions, RECORD_PHI.get(cfg.method.dispersion, (None, None))
+    longest = cfg.max_tokens or min(1024, limit)
+    refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
 
     def load(paths):
-        data = load_pairs(paths, tokenizer, cfg.max_tokens or min(1024, limit), cfg.max_dropped, cfg.skip_bad,
-                          need_rejected=cfg.method.link is not None, needed=needed)
+        data = load_pairs(paths, tokenizer, longest, cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed)
         world.say(f"data        {' '.join(paths)}: {data}")
         return data.pairs
 
@@ -507,29 +520,18 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     plan = cfg.batch_size, cfg.seed, cfg.tokens_per_row, ROW_TOKENS[world.device.type, cfg.compile], world.device
     split = Split.plan(pairs, *plan)
     split.steps = cfg.steps or (cfg.epochs or 1) * split.steps
-    introduce(cfg, model, tokenizer, split, world)
-    return split, Split.plan(held_out, *plan) if held_out else None
-
-
-def introduce(cfg: Config, model: Transformer, tokenizer: Tokenizer, split: Split, world: World) -> None:
-    """Say what is about to be trained, and how."""
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     settings = ", ".join(f"{name} {value}" for name, value in cfg.method._asdict().items() if name != "link")
-    end = tokenizer.text([int(split.pairs[0].chosen[-1])])
-    world.say(f"model       {cfg.model}: {size:,.1f}M parameters, {trained:,.1f}M of them trained, "
-              f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}; a response ends with {end!r}\n"
-              f"method      {cfg.loss}: {settings}\n"
+    world.say(f"method      {cfg.loss}: {settings}\n"
               f"plan        {split.steps} steps of {min(cfg.batch_size, len(split.pairs))} pairs, "
               f"{split.steps / split.schedule.steps_per_epoch:.2f} epochs; rows of at most "
-              f"{split.schedule.tokens_per_row} tokens")
+              f"{split.schedule.tokens_per_row} tokens; a response ends with "
+              f"{tokenizer.text([int(split.pairs[0].chosen[-1])])!r}")
+    return split, Split.plan(held_out, *plan) if held_out else None
 
 
 def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) -> None:
     """Run the largest row forward and backward and say what that took: a run that does not fit ends here, at once.
-
-    Every rank runs one row, and the gradients are freed: the steps that follow are those of a run without this.
-    """
+    Every rank runs one row, and the gradients are freed: the steps that follow are those of a run without this."""
     rows = [row for step in split.first_epoch() for row in split.schedule.rows(step, world.rank, world.size)]
     tokens, row = max((sum(split.schedule.costs[i] for i in row), row) for row in rows)
     score_pairs(model, cfg.method, split, row, world).loss.sum().backward()
@@ -538,8 +540,8 @@ def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) 
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters = sum(p.numel() * p.itemsize for p in model.parameters()) / share
     gradients = sum(p.numel() * p.itemsize for p in trained) / share
-    optimiser = sum(p.numel() * 8 for p in trained) / share
-    world.say(f"memory      parameters {parameters:.2f}, gradients {gradients:.2f}, optimiser {optimiser:.2f} GiB per "
+    moments = sum(p.numel() * 8 for p in trained) / share
+    world.say(f"memory      parameters {parameters:.2f}, gradients {gradients:.2f}, optimiser {moments:.2f} GiB per "
               f"process; forward and backward of the largest row, {tokens:,} tokens, reached {peak_memory(world):.2f} "
               "GiB before there is an optimiser")
 
@@ -552,68 +554,60 @@ def peak_memory(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-@dataclass
 class Run:
-    """What the loop carries along."""
-    cfg: Config
-    model: Transformer
-    world: World
-    state: dict                                    # where it stands, see STATE
-    metrics: Callable[[dict], None]                # appends to metrics.jsonl
-    evaluations: Callable[[dict], None]            # appends to evaluations.jsonl
-    signals: list[int]                             # that ask it to stop
-    on_step: Callable = lambda step, model: None
+    """What the loop carries along: settings, model and optimiser, where it stands, the signals that ask it to stop."""
 
-    def __post_init__(self):
+    def __init__(self, cfg: Config, model: Transformer, world: World, state: dict, signals: list[int],
+                 on_step: Callable = lambda step, model: None):
+        self.cfg, self.model, self.world, self.state, self.signals = cfg, model, world, state, signals
+        self.policy, self.on_step = model, on_step
+        if world.size > 1 and not world.shard:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.policy = DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=ids)
+        self.optimizer = AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         self.saved = time.perf_counter()           # when a checkpoint was written last, or the loop began
-        self.started = self.saved - self.state["seconds"]
-        self.policy, cuda = self.model, self.world.device.type == "cuda"
-        if self.world.size > 1 and not self.world.shard:
-            self.policy = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
-                                                  device_ids=[self.world.device.index] if cuda else None)
-        self.optimizer = AdamW([p for p in self.model.parameters() if p.requires_grad], self.cfg.lr)
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.world.dtype == torch.float16)
-        if self.state["step"]:
-            load_checkpoint(checkpoints(Path(self.cfg.out))[0], self)
-            self.scaler.load_state_dict(self.state["scaler"])
+        self.started = self.saved - state["seconds"]
+        if state["step"]:
+            load_checkpoint(checkpoints(Path(cfg.out))[0], model, self.optimizer)
+            self.scaler.load_state_dict(state["scaler"])
+        for name in ("metrics", "evaluations"):
+            cut_log(Path(cfg.out) / f"{name}.jsonl", state["step"], world)
 
     def update_weights(self, split: Split, step: int, bad: list[int]) -> float:
-        """Clip the gradients and step, unless the loss (of the pairs `bad`) or a gradient is not finite; their norm."""
+        """Clip the gradients and step; returns their norm.  A step is noted and left out, or RunFailed is raised, where
+        the loss (of the pairs `bad`) or a gradient is not finite."""
         self.scaler.unscale_(self.optimizer)
         norm = to_cpu(torch.nn.utils.get_total_norm([p.grad for p in self.optimizer.params]))
         if bad or (not math.isfinite(norm.item()) and self.scaler.get_scale() <= 1):    # above 1 it is float16's doing
-            self.skip_step(split, step, bad)
+            where, skipped = [split.pairs[i].where for i in bad or split.schedule.batch(step)], self.state["skipped"]
+            part, more = "loss" if bad else "gradient", ", ..." if len(where) > 8 else ""
+            what = f"the {part} is not finite; look at --lr, --beta, and {', '.join(where[:8])}{more}"
+            skipped.append(step)
+            if self.cfg.on_nonfinite == "stop" or skipped[-IN_A_ROW:] == list(range(step - IN_A_ROW + 1, step + 1)):
+                raise RunFailed(f"step {step}: {what}")
+            self.world.say(f"step {step:>5}  skipped: {what}")
         else:
             self.scaler.step(self.optimizer, ((norm + 1e-6) / self.cfg.clip).clamp(min=1))
         self.scaler.update()
         self.model.zero_grad()
         return norm.item()
 
-    def skip_step(self, split: Split, step: int, bad: list[int]) -> None:
-        """Note a step whose loss or gradient is not finite, or raise RunFailed."""
-        where, skipped = [split.pairs[i].where for i in bad or split.schedule.batch(step)], self.state["skipped"]
-        pairs = ", ".join(where[:8] + ["..."] if len(where) > 8 else where)
-        what = f"the {'loss' if bad else 'gradient'} is not finite; look at --lr, --beta, and {pairs}"
-        skipped.append(step)
-        if self.cfg.on_nonfinite == "stop" or skipped[-IN_A_ROW:] == list(range(step - IN_A_ROW + 1, step + 1)):
-            raise RunFailed(f"step {step}: {what}")
-        self.world.say(f"step {step:>5}  skipped: {what}")
-
     def log_evaluation(self, step: int, means: dict[str, float]) -> None:
-        self.evaluations({"step": step, **means})
+        append_json(Path(self.cfg.out) / "evaluations.jsonl", {"step": step, **means}, self.world)
         self.world.say(f"step {step:>5}  held out: loss {means['loss']:.4f}  accuracy {means['accuracy']:.3f}  "
                        f"margin {means['margin']:+.4f}")
 
     def log_step(self, split: Split, step: int, figures: dict[str, float], began: float) -> None:
-        """Append what is known of a step to metrics.jsonl, and say the most important of it."""
+        """Record what is known of a step, and say the most important of it."""
         method, batch, now = self.cfg.method, split.schedule.batch(step), time.perf_counter()
         tokens = sum(split.schedule.costs[i] for i in batch)
         entry = {"step": step, **figures, "weight": split.weight[batch].mean().item(),
                  "pairs_per_second": len(batch) / (now - began), "tokens_per_second": tokens / (now - began),
                  "memory_gib": peak_memory(self.world), "seconds": now - self.started}
-        self.metrics(entry)
+        append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
         if step == 0 and method.link and method.alpha:
-            check_first_loss(method, split, entry["loss"], self.world)
+            self.check_first_loss(split, entry["loss"])
         if step % self.cfg.log_every == 0 or step + 1 == split.steps:
             left = int(entry["seconds"] / (step + 1) * (split.steps - step - 1))
             shown = f"accuracy {entry['accuracy']:.3f}  margin {entry['margin']:+.4f}  " if method.link else ""
@@ -621,28 +615,17 @@ class Run:
                            f"{entry['pairs_per_second']:.1f} pairs/s  {entry['tokens_per_second']:,.0f} tok/s  "
                            f"{entry['memory_gib']:.1f} GiB  left {left // 60}:{left % 60:02}")
 
-
-def check_first_loss(method: Method, split: Split, loss: float, world: World) -> None:
-    """Compare the first step's loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
-    batch = split.schedule.batch(0)
-    length = torch.tensor([[len(split.pairs[i].chosen), len(split.pairs[i].rejected)] for i in batch])
-    ref = split.ref_logp[batch].cpu()
-    expected = mallowspo.objective(method, ref, ref, length, split.weight[batch].cpu()).loss.mean().item()
-    found = f"the first loss is {loss:.6f}; of a policy that equals its reference it is {expected:.6f}"
-    if math.isclose(loss, expected, rel_tol=1e-4 if world.dtype == torch.float32 else 1e-2):
-        world.say(f"check       {found}")
-    else:
-        world.say(f"WARNING     {found}: the reference's scores are not of this model; remove their file, start again")
-
-
-def write_dispersion(path: Path, method: Method, split: Split) -> None:
-    """What became of the dispersion of every pair that is visited."""
-    phi = torch.exp(-mallowspo.lam_of(method, split.weight)).tolist()
-    index, weight = split.index.tolist(), split.weight.tolist()
-    if method.dispersion == "field":
-        phi = index                                                # as the records have it
-    write_jsonl(path, ({"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i],
-                        "where": split.pairs[i].where} for i in split.visited() if not math.isnan(index[i])))
+    def check_first_loss(self, split: Split, loss: float) -> None:
+        """Compare the first loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
+        batch, near = split.schedule.batch(0), 1e-4 if self.world.dtype == torch.float32 else 1e-2
+        length = torch.tensor([[len(split.pairs[i].chosen), len(split.pairs[i].rejected)] for i in batch])
+        ref, weight = split.ref_logp[batch].cpu(), split.weight[batch].cpu()
+        expected = mallowspo.objective(self.cfg.method, ref, ref, length, weight).loss.mean().item()
+        found = f"the first loss is {loss:.6f}; of a policy that equals its reference it is {expected:.6f}"
+        if math.isclose(loss, expected, rel_tol=near):
+            self.world.say(f"check       {found}")
+        else:
+            self.world.say(f"WARNING     {found}: the reference's scores are not this model's; remove their file")
 
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pair], world: World) -> list[str]:
@@ -704,8 +687,7 @@ class World(NamedTuple):
 def join_world(cfg: Config) -> World:
     """This process's place among those that torchrun started, if it did."""
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise BadConfig("--device cuda: torch finds no CUDA device here")
+    refuse(cuda and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")
     device, best = torch.device("cpu"), "float32"
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -714,19 +696,16 @@ def join_world(cfg: Config) -> World:
     else:
         keep_freed_memory()
     dtype = DTYPES[best if cfg.dtype == "auto" else cfg.dtype]
-    if dtype == torch.float16 and not cuda:
-        raise BadConfig("--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
-    if cfg.param_dtype == "bfloat16" and dtype != torch.bfloat16:
-        raise BadConfig(f"--param-dtype bfloat16 wants --dtype bfloat16, not {str(dtype)[6:]}")
-    if cfg.shard and dtype == torch.float16:
-        raise BadConfig("--shard wants --dtype bfloat16 or float32, not float16")
+    refuse(dtype == torch.float16 and not cuda, "--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
+    refuse(dtype == torch.float16 and cfg.shard, "--shard wants --dtype bfloat16 or float32, not float16")
+    refuse(dtype != torch.bfloat16 and cfg.param_dtype == "bfloat16",
+           f"--param-dtype bfloat16 wants --dtype bfloat16, not {str(dtype)[6:]}")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, size = next(dist.rendezvous("env://"))        # after a restart: with the addresses of dead ranks
         store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         return World(dist.get_rank(), dist.get_world_size(), device, dtype, cfg.shard)
-    if cfg.shard:
-        raise BadConfig("--shard shares a model out over processes; start them with torchrun --nproc-per-node=...")
+    refuse(cfg.shard, "--shard shares a model out over processes; start them with torchrun --nproc-per-node=...")
     return World(0, 1, device, dtype)
 
 
@@ -758,21 +737,6 @@ def gradient_sync(policy, world: World, now: bool):
     return contextlib.nullcontext() if now or world.shard or world.size == 1 else policy.no_sync()
 
 
-def gather_outcomes(outcomes: Tensor, rows: list[list[int]], batch: list[int],
-                    run: Run) -> tuple[dict[str, float], list[int], bool]:
-    """(7, B) outcomes of this rank's rows -> their means over the batch, the pairs whose loss is not finite, whether
-    any rank has a signal.  In one exchange, and until then nothing waits for a GPU."""
-    n, device = len(Outcome._fields), run.world.device
-    places = to_device([n + 1 + batch.index(i) for row in rows for i in row], device)
-    total = torch.zeros(n + 1 + len(batch), device=device)
-    total[:n] = outcomes.sum(1)
-    total[n:n + 1] = bool(run.signals)                             # (a slice: total[n] would wait)
-    total[places] = (~torch.isfinite(outcomes[0])).float()
-    values = run.world.sum_over_ranks(total).tolist()
-    means = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
-    return means, [i for i, bad in zip(batch, values[n + 1:]) if bad], bool(values[n])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # 6. The optimiser
 
@@ -784,8 +748,7 @@ class AdamW:
 
     Weights in bfloat16 take each step in float32 and are rounded up or down at random, in proportion: rounded to the
     nearest, 99 in 100 do not move at a learning rate of 5e-7; so, they do on average.  The noise follows from the
-    number of the step alone.
-    """
+    number of the step alone."""
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float):
         self.params, self.lr = params, lr
@@ -820,32 +783,29 @@ class AdamW:
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
               "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
 STATE = {"step": int, "seconds": float, "skipped": list, "scaler": dict, "run": dict, "sha256": dict}
-SCORES_SECONDS, SAVE_SECONDS = 120, 1800        # between writes of the reference's scores; of checkpoints, by default
+SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
-def lock_file(path: Path, wait: bool = True):
-    """An open file that nobody else gets from here until it is closed, or its process dies; BlockingIOError if another
-    process has it and `wait` is False."""
+def lock(path: Path, wait: bool = True):
+    """Make the folder of this file, and the file -> the file, open; nobody else gets it from here until it is closed,
+    or its process dies.  Raises BadConfig if it cannot be written, or without `wait` if another process has it."""
     import fcntl  # not on Windows
-    file = open(path, "a")                                         # noqa: SIM115 (open is what it shall be)
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    return file
-
-
-def lock_folder(path: Path, need: int = 0, wait: bool = False):
-    """Make the folder of this lock and take it.  Raises BadConfig if another run has it, or `need` bytes do not fit."""
-    folder = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mine = lock_file(path, wait)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")                                     # noqa: SIM115 (open is what it shall be)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except BlockingIOError:
-        raise BadConfig(f"{folder}: another run is writing there; choose another --out") from None
+        raise BadConfig(f"{path.parent}: another run is writing there; choose another --out") from None
     except OSError as error:
-        raise BadConfig(f"{folder}: cannot be written ({error.strerror})") from None
-    room = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in folder.glob("checkpoint/**/*.safetensors"))
-    refuse(room < need, f"{folder}: {need:,} bytes are needed there, {room:,} are free; make room, choose another "
-           "--out, or do without checkpoints (--save-every 0)")
-    return mine
+        raise BadConfig(f"{path.parent}: cannot be written ({error.strerror})") from None
+
+
+def write_file(path: Path, content: bytes) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    fsync(new)
+    os.replace(new, path)
 
 
 def nan_to_null(content):
@@ -854,34 +814,28 @@ def nan_to_null(content):
 
 
 def write_json(path: Path, content: dict) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(nan_to_null(content), indent=2) + "\n", encoding="utf-8")
-    fsync(new)
-    os.replace(new, path)
+    write_file(path, (json.dumps(nan_to_null(content), indent=2) + "\n").encode())
 
 
 def write_jsonl(path: Path, entries) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    write_file(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
 
 
-@contextlib.contextmanager
-def open_log(path: Path, first: int, world: World):
-    """A function that appends a dict to a file of JSON Lines, at once; on rank 0.  What an interrupted run left of step
-    `first` and later, or half of a line, is cut off."""
+def append_json(path: Path, entry: dict, world: World) -> None:
+    if world.rank == 0:
+        with open(path, "ab") as file:
+            file.write(json.dumps(nan_to_null(entry)).encode() + b"\n")
+
+
+def cut_log(path: Path, first: int, world: World) -> None:
+    """Leave out what an interrupted run wrote of step `first` and later, and half of a line."""
     if world.rank:
-        yield lambda entry: None
         return
     with open(path, "a+b") as file:
         end = file.seek(0)
         while (line := re.fullmatch(rb'\{"step": (\d+).*\}\n', file.readline())) and int(line[1]) < first:
             end = file.tell()
         file.truncate(end)
-
-        def append(entry):
-            file.write(json.dumps(nan_to_null(entry)).encode() + b"\n")
-            file.flush()
-        yield append
 
 
 class Scores(NamedTuple):
@@ -913,15 +867,15 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
 
 def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
     """Add scores to the file, as others may do at the same time; what it has, stays."""
-    with lock_file(path.with_name(path.name + ".lock")):
+    if not scores:
+        return
+    with lock(path.with_name(path.name + ".lock")):
         scores = scores | read_reference(path, key)
         tensors = {"digest": np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16),
                    "length": np.array([len(score.logp) for score in scores.values()], dtype=np.int32),
                    "logp": np.concatenate([score.logp for score in scores.values()]),
                    "entropy": np.concatenate([score.entropy for score in scores.values()])}
-        new = path.with_name(path.name + ".new")
-        new.write_bytes(save(tensors, metadata={"key": key}))
-        os.replace(new, path)
+        write_file(path, save(tensors, metadata={"key": key}))
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -931,20 +885,25 @@ def checkpoints(out: Path) -> list[Path]:
 
 def checkpoint_size(cfg: Config, model: Transformer) -> int:
     """Bytes: what was trained and AdamW's two moments of it, in float32, and the model's folder."""
-    size = 0 if cfg.lora_rank and not cfg.merge else max(d.itemsize for _, d in model.origin.tensors.values())
-    ours = 16 if cfg.lora_rank else 12                             # the adapter's folder is in float32 too
-    return sum(p.numel() * (size + (ours if p.requires_grad else 0)) for p in model.parameters())
+    folder = max(dtype.itemsize for _, dtype in model.origin.tensors.values()) if cfg.merge or not cfg.lora_rank else 0
+    trained = 16 if cfg.lora_rank else 12                          # the adapter's folder is in float32 too
+    return sum(p.numel() * (folder + trained if p.requires_grad else folder) for p in model.parameters())
 
 
-def checkpoint_due(run: Run, done: int, last: bool) -> bool:
-    """Whether this rank saves after so many steps: after the last one, and by --save-every."""
+def refuse_small_disk(cfg: Config, model: Transformer) -> None:
+    """Raise BadConfig if the final model, and two checkpoints for a moment, have no room."""
+    need = checkpoint_size(cfg, model) * (1 if cfg.save_every == 0 else 2)
+    freed = sum(path.stat().st_size for path in Path(cfg.out).glob("checkpoint/**/*.safetensors"))
+    room = shutil.disk_usage(cfg.out).free + freed
+    refuse(room < need, f"{cfg.out}: {need:,} bytes are needed there, {room:,} are free; make room, choose another "
+           "--out, or do without checkpoints (--save-every 0)")
+
+
+def checkpoint_due(run: Run, done: int) -> bool:
+    """Whether --save-every asks for a checkpoint after so many steps."""
     every = run.cfg.save_every
-    if every == 0 or not (run.world.rank == 0 or run.world.shard):
-        return False
-    due = done % every == 0 if every else time.perf_counter() - run.saved > SAVE_SECONDS
-    if run.world.shard:
-        due = run.world.on_rank0(lambda: due)                      # all ranks by one clock
-    return due or last
+    due = time.perf_counter() - run.saved > SAVE_SECONDS if every is None else done % every == 0
+    return run.world.on_rank0(lambda: due) if run.world.shard else due                    # all ranks by one clock
 
 
 def save_checkpoint(run: Run, done: int) -> None:
@@ -952,6 +911,8 @@ def save_checkpoint(run: Run, done: int) -> None:
     Only when all of it is on the disk, the checkpoint before is removed."""
     cfg, model, out, tensors = run.cfg, run.model, Path(run.cfg.out), {}
     new = out / "checkpoint" / "new"
+    if run.world.rank and not run.world.shard:
+        return
     run.state.update(step=done, seconds=time.perf_counter() - run.started, scaler=run.scaler.state_dict())
     for name, p in model.named_parameters():
         for kind, value in {"weight": p, **run.optimizer.state.get(p, {})}.items() if p.requires_grad else ():
@@ -983,8 +944,8 @@ def remove(folders: list[Path]) -> None:
         shutil.rmtree(folder.parent / "new")
 
 
-def load_checkpoint(folder: Path, run: Run) -> None:
-    places = dict(run.model.named_parameters())
+def load_checkpoint(folder: Path, model: Transformer, optimizer: AdamW) -> None:
+    places = dict(model.named_parameters())
     with safe_open(folder / "state.safetensors", "pt") as file:
         for key in file.keys():                                    # noqa: SIM118 (it is not a dict)
             kind, _, name = key.partition(".")
@@ -995,7 +956,7 @@ def load_checkpoint(folder: Path, run: Run) -> None:
             if kind == "weight":
                 p.data.copy_(to_shard(tensor, p))
             else:
-                run.optimizer.state[p][kind] = to_shard(tensor, p) if tensor.dim() else tensor
+                optimizer.state[p][kind] = to_shard(tensor, p) if tensor.dim() else tensor
 
 
 def sha256(path: Path) -> str:
@@ -1005,9 +966,7 @@ def sha256(path: Path) -> str:
 
 def start_or_resume(cfg: Config, record: dict) -> dict | None:
     """The state that the steps start from: a new one, or with --resume the newest checkpoint's; None: all is done.
-
-    Raises BadConfig if there is a checkpoint but no --resume, or if it is of another run, or damaged.
-    """
+    Raises BadConfig if there is a checkpoint but no --resume, or if it is of another run, or damaged."""
     out, found = Path(cfg.out), checkpoints(Path(cfg.out))
     where = found[0] / "state.json" if found else out / "run.json"
     state = read_json(where) if where.exists() else {}
@@ -1081,19 +1040,6 @@ def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> No
         model.save_pretrained(out)
 
 
-def save_finished(cfg: Config, model: Transformer, record: dict, world: World) -> None:
-    """The model and the record of a finished run; nobody reads the folder before it is whole."""
-    out, skipped = Path(cfg.out), record["skipped"]
-    save_weights(cfg, model, out, world)
-    if world.rank == 0:
-        write_json(out / "run.json", record)
-        remove(checkpoints(out))
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    world.barrier()
-    saved = "the model" if not cfg.lora_rank else "adapter/ and the model it makes" if cfg.merge else "adapter/"
-    world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl"
-              + (f"; {len(skipped)} steps were skipped" if skipped else ""))
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # 8. The demo: a population whose dispersion is known
@@ -1110,7 +1056,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    world.on_rank0(lambda: lock_folder(out / "lock").close())
+    world.on_rank0(lambda: lock(out / "lock", wait=False).close())
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -1184,32 +1130,31 @@ def main(argv: list[str] | None = None) -> None:
         else:
             demo(cfg, "loss" in given, world)
     except (BadConfig, BadData, BadModel) as error:
-        stop(2, error)
+        leave(2, error)
     except (RunFailed, OSError, SafetensorError) as error:
-        stop(1, f"{error}; {saved()}")
+        leave(1, f"{error}; {saved()}")
     except torch.OutOfMemoryError as error:
-        stop(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({str(error).splitlines()[0]}); {saved()}")
+        what = str(error).splitlines()[0]
+        leave(1, f"out of GPU memory: lower --tokens-per-row, or --max-tokens ({what}); {saved()}")
     except KeyboardInterrupt as error:
-        stop(128 + error.args[0], f"ended by {signal.Signals(error.args[0]).name}; {saved()}")
+        leave(128 + error.args[0], f"ended by {signal.Signals(error.args[0]).name}; {saved()}")
     leave(0)
 
 
-def stop(status: int, why) -> None:
-    rank = int(os.environ.get("RANK", 0))
-    print(f"train.py: error: {why!s:.2000}" + f" (rank {rank})" * (rank > 0), file=sys.stderr, flush=True)
-    leave(status)
-    sys.exit(status)
-
-
-def leave(status: int) -> None:
-    """One of many processes ends here.  Gloo's threads live on after destroy_process_group, since DDP and FSDP2 keep
-    the group; one that lets go of a tensor while Python shuts down aborts the process, and torchrun calls it failed."""
+def leave(status: int, why: object = "") -> None:
+    """End this process.  Gloo's threads live on after destroy_process_group, since DDP and FSDP2 keep the group; one
+    that lets go of a tensor while Python shuts down aborts the process, and torchrun calls that failed."""
+    if status:
+        where = f" (rank {os.environ['RANK']})" if int(os.environ.get("RANK", 0)) else ""
+        print(f"train.py: error: {why!s:.2000}{where}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         if status == 0:                                            # else it might wait for ranks that wait for this one
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

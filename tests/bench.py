@@ -195,7 +195,7 @@ def ours(job: dict) -> dict:
     scores, before = Path(job["work"], f"reference{job['born']}.safetensors"), clock.now()
     known = train.score_reference(model, scores, train.fingerprint(model, world), [part], world)
     part.set_reference(known, model.config.vocab_size)
-    reference, rows, sizes = clock.now() - before, [], []
+    reference, sizes = clock.now() - before, []
     profiler = torch.profiler.profile() if job["profile"] else None
 
     def on_step(step, model):
@@ -205,9 +205,11 @@ def ours(job: dict) -> dict:
             profiler.start() if step < cfg.steps else profiler.stop()
     model.register_forward_pre_hook(lambda model, inputs: sizes.append(inputs[0].numel()))
     state = {"step": 0, "seconds": 0.0, "skipped": []}
-    train.train(train.Run(cfg, model, world, state, rows.append, None, [], on_step), part, None)
+    run = train.Run(cfg, model, world, state, [], on_step)
+    train.train(run, part, None)
+    written = Path(job["work"], "metrics.jsonl").read_text().splitlines() if world.rank == 0 else []
     dynamo = sys.modules.get("torch._dynamo.utils")
-    found = clock.result([row["loss"] for row in rows], reference_s=reference, torch=torch.__version__,
+    found = clock.result([json.loads(line)["loss"] for line in written], reference_s=reference, torch=torch.__version__,
                          graphs=dynamo.counters["stats"]["unique_graphs"] if dynamo else 0, **facts(model, part))
     ranks = torch.zeros(world.size + 2, device=world.device)
     ranks[world.rank], ranks[-2], ranks[-1] = found["peak_mb"], sum(sizes), len(sizes)

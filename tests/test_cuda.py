@@ -65,8 +65,8 @@ def planned(pairs, batch_size, tokens_per_row):
     return Split.plan(pairs, batch_size, 0, tokens_per_row, 0, DEVICE)
 
 
-def started(model, world):
-    return train.Run(Config(), model, world, {"step": 0, "seconds": 0.0, "skipped": []}, None, None, [])
+def started(model, world, folder):
+    return train.Run(Config(out=str(folder)), model, world, {"step": 0, "seconds": 0.0, "skipped": []}, [])
 
 
 @pytest.fixture(autouse=True)
@@ -166,13 +166,13 @@ class Impatient(World):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_row_waits_for_the_device(compiled, dtype):
+def test_no_row_waits_for_the_device(compiled, dtype, tmp_path):
     model, world = make(KINDS["window"]), Impatient(0, 1, DEVICE, dtype)
     model.checkpointed = compiled
     if compiled:
         model.compile_blocks()
     part = planned(some_pairs(24, 5, 100), 24, 700)
-    run = started(model, world)
+    run = started(model, world, tmp_path)
     assert len(part.schedule.rows(0)) > 5
     for mode in ("default", "error"):                       # the first time, libraries are loaded, code is compiled
         torch.cuda.set_sync_debug_mode(mode)
@@ -187,7 +187,7 @@ def test_no_row_waits_for_the_device(compiled, dtype):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_measurement_of_memory(compiled, checkpointed, capsys):
+def test_the_measurement_of_memory(compiled, checkpointed, capsys, tmp_path):
     """With the optimiser (and gradients of earlier rows) it bounds what two steps of a 130M-parameter model take."""
     settings = dict(SIZES, model_type="llama", vocab_size=32000, hidden_size=768, num_hidden_layers=12,
                     num_attention_heads=12, num_key_value_heads=12, intermediate_size=2048)
@@ -202,7 +202,7 @@ def test_the_measurement_of_memory(compiled, checkpointed, capsys):
     assert f"reached {measured / 2 ** 30:.2f} GiB" in capsys.readouterr().out
     assert all(p.grad is None for p in model.parameters())
     gradients = sum(p.numel() * p.itemsize for p in model.parameters())
-    run = started(model, world)
+    run = started(model, world, tmp_path)
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
         train.train_step(run, part, step)
