@@ -184,8 +184,7 @@ def exact(opt) -> Result:
                      "favourite": distance(mallowspo.top_choice(n, lam), p @ (ranks == 0).to(F64)),
                      "pair": distance(truth(n, lam)[..., i, j], mallowspo.pair_rates(ranks, p)[..., i, j])})
     worst = max(row[key] for row in rows for key in row if key != "n")
-    return Result(rows, [
-        ("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")])
+    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")])
 
 
 def spearman(opt) -> Result:
@@ -274,8 +273,7 @@ def growth(opt) -> Result:
     it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded.
     """
     curves, claims = [], []
-    grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64),
-                      torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
+    grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
     for phi in opt.phis or [.05, .3, .9]:
         for method in opt.methods:
             x = grid.clone().requires_grad_()
@@ -614,7 +612,8 @@ def people(opt) -> Result:
 def describe(name: str, ballots: Ballots) -> dict:
     """A file's centre, dispersion and rates by gap, printed and for people.json."""
     centre, lam = mallowspo.fit_rankings(ballots.ranks, ballots.weight)
-    phi, items, used = math.exp(-lam), (centre + 1).tolist(), int(ballots.weight.sum())
+    phi, items = math.exp(-lam), (centre + 1).tolist()
+    used = int(ballots.weight.sum())
     rates = by_gap(ballots.ranks[:, centre], ballots.weight, lam)
     print(f"  {name}: phi {phi:.4f}, centre {','.join(map(str, items))}, "
           f"{used:,} of {ballots.voters:,} voters used")
@@ -752,8 +751,7 @@ class Population:
         i, j = pairs_of(6)
         found = {
             "kl": (p.exp() * (p - r)).sum(-1),
-            # the share of the members who prefer the policy's answer to the reference's
-            "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),
+            "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),  # over the reference
             "consensus_rank": (p.exp() * torch.arange(6, dtype=F64)).sum(-1),       # 0: always the favourite
             "reward_accuracy": agree[..., i, j].mean(-1),       # share of members who agree with the reward
             "entropy": -(p.exp() * p).sum(-1),
@@ -815,9 +813,7 @@ def averages(path: list[tuple[int, dict[str, Tensor]]]) -> dict[str, list[float]
     """The measures along a path of steps: means over all questions, or the agreed and the disputed half."""
     rows = []
     for step, measures in path:
-        row = {"step": step}
-        for key, value in measures.items():
-            row[key] = value.mean().item()
+        row = {"step": step, **{key: value.mean().item() for key, value in measures.items()}}
         for key in ("kl", "entropy"):
             half = len(measures[key]) // 2
             row[f"{key}_agreed"] = measures[key][:half].mean().item()
@@ -865,7 +861,6 @@ def at_kl(path: dict[str, list[float]], kl: float) -> dict[str, float] | None:
 # 6. What to run, to print and to draw.
 
 class Panel(NamedTuple):
-    """One picture of the rows."""
     x: str
     y: str
     by: str                   # one line for each value of this key in `lines`, four at most
