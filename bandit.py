@@ -251,7 +251,7 @@ def kendall_link(opt) -> Result:
 
 def optimum(opt) -> Result:
     """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
-    dispersion: 1 nat a rank.  What the others learn depends on how much people agree; DPO blows up where they do.
+    dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do.
     """
     phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
     lam = to_lam(phis)[:, None]
@@ -263,7 +263,7 @@ def optimum(opt) -> Result:
         for k, phi in enumerate(phis):
             rows.append({"method": method, "phi": phi, "slope": slope[k], "best": best[k]})
         low, high = min(slope), max(slope)
-        claims.append((f"{method} learns 1 nat a rank at every dispersion", max(1 - low, high - 1) < 1e-3,
+        claims.append((f"{method} learns 1 nat per rank at every dispersion", max(1 - low, high - 1) < 1e-3,
                        f"{low:.3f} to {high:.3f}, {high / max(low, 1e-12):.4g} x"))
     return Result(rows, claims)
 
@@ -420,7 +420,7 @@ def shared(opt) -> Result:
     claims = []
     for name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index"):
         claims.append((f"one policy for many dispersions: {name} beats DPO", loss[name] < loss["dpo"],
-                       f"{loss[name]:.1f} against {loss['dpo']:.1f} mnat, {count} pairs a prompt"))
+                       f"{loss[name]:.1f} against {loss['dpo']:.1f} mnat, {count} pairs per prompt"))
     return Result(rows, claims)
 
 
@@ -915,7 +915,7 @@ EXPERIMENTS = {
               "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", "xy", guide=1)],
         ("phi",), "N lam^2", "ratio", "se"),
     "shared": Experiment(shared, [
-        Panel("pairs", "excess", "index", INDEX, "pairs a prompt", "excess log-loss (mnat)", "xy")],
+        Panel("pairs", "excess", "index", INDEX, "pairs per prompt", "excess log-loss (mnat)", "xy")],
         ("index",), "pairs", "excess", "se"),
     "noise": Experiment(noise, [
         Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread", "excess log-loss / DPO's",
@@ -924,7 +924,7 @@ EXPERIMENTS = {
         Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")],
         ("n", "estimator"), "answers", "rmse", "se"),
     "people": Experiment(people, [
-        Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs a file",
+        Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs per file",
               "log-loss minus DPO's (mnat)", "x")], ("items", "index"), "pairs", "minus DPO", "minus DPO se"),
 }
 STYLES = [{"color": "#00633a", "marker": "o", "linestyle": "-", "linewidth": 3.5},
