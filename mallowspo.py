@@ -1,18 +1,31 @@
-"""MallowsPO: preference optimisation with a dispersion index (arXiv 2405.14953, ICLR 2025).  Every formula is here.
+"""MallowsPO: preference optimisation with a dispersion index (arXiv 2405.14953, ICLR 2025).  Every formula.
 
-People agree on some prompts ("1 + 1 = ?") and disagree on others ("the best pizza?").  A Mallows ranking model puts
-that into one number a prompt, the dispersion phi(x) in (0, 1]: near 0 everybody agrees, at 1 the ranking is a coin
-toss.  MallowsPO is DPO that knows this number.  With lam(x) = -log phi(x) >= 0, x a prompt, y a response,
+People agree on some prompts ("1 + 1 = ?") and disagree on others ("the best pizza?").  A Mallows ranking
+model puts that into one number per prompt x, the dispersion phi(x) in (0, 1]: near 0 everybody agrees, at 1 the
+ranking is a coin toss.  MallowsPO is DPO that knows this number.  With lam(x) = -log phi(x) >= 0,
 
-    r(y) = |y|^-eta * (log pi(y|x) - alpha * log ref(y|x))          the implicit reward, divided by beta
+    r(y) = |y|^-eta * (log pi(y|x) - alpha * log ref(y|x))          the implicit reward of response y, over beta
     h    = beta * (r(chosen) - r(rejected) - margin)                how far the policy prefers the chosen one
     loss = -log g(h; lam(x))  +  sft * NLL(chosen)                  g: the probability that a person agrees
 
-and a method is a row of settings of these three lines (the table LOSSES).  The file reads from simple to composed:
-ranking models -> links g -> dispersion index -> objective.  Pure functions on tensors: float32 in, float32 out
-(float64 in, float64 out); no files, no printing, no global state.
+and a method is a row of settings of these three lines (the table LOSSES).  In a training loop of your own:
 
-    python mallowspo.py             the weight and the loss over a grid of dispersions
+  from mallowspo import LOSSES, calibrate_phi_star, dispersion_index, dispersion_weight, objective
+
+  # Once, over the training pairs.  entropy: (P, 2) nats, the reference's mean next-token entropy over each response.
+  index = dispersion_index(entropy, vocab_size)                  # (P,) near 0: people agree, 1: a coin toss
+  weight = dispersion_weight(index, calibrate_phi_star(index))   # (P,) mean 1; all 1 would be DPO
+
+  # In every step, for the pairs i of the batch.  logp, ref_logp: (B, 2) log-probability of the chosen and the rejected
+  # response under policy and reference, summed over its tokens; length: (B, 2) how many tokens those are.
+  outcome = objective(LOSSES["mallows-theta"], logp, ref_logp[i], length[i], weight[i])
+  outcome.loss.mean().backward()
+  print(outcome.accuracy.mean(), outcome.margin.mean())
+
+    python mallowspo.py             prints what the dispersion does to the loss
+
+The file: 1. the objective -> 2. the dispersion index and weight -> 3. the links g -> 4. the ranking models
+behind them, which only the simulator needs.  Pure functions on tensors: float32 in, float32 out, likewise float64.
 """
 import itertools
 import math
@@ -22,70 +35,268 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. The ranking model: Kendall-Mallows,  P(ranking) = phi^d(ranking, centre) / Z
-#    d counts the pairs that a ranking orders otherwise than the centre does.  A ranking of n items is written as
-#    ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
+# ------------------------------------------------------------------------------------------------------------
+# 1. The objective: the three lines above, a table of methods and one function.
+
+class Method(NamedTuple):
+    """One row of settings of the three lines above; every column but the link is also a flag of train.py."""
+    link: str | None              # a name of LINKS; None: no preference term
+    dispersion: str = "constant"  # source of the weight: constant (1), entropy, the record's field or votes
+    beta: float = 0.1             # pull to the reference
+    alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
+    eta: float = 0.0              # 1 divides the log-ratio by the response's length
+    margin: float = 0.0           # what r(chosen) must lead by
+    sft: float = 0.0              # weight of the chosen response's negative log-likelihood per token
+
+
+LOSSES = {
+    # the papers stand beside the LINKS; SimPO: arXiv 2405.14734, Eq. 6, RainbowPO: arXiv 2410.04203
+    "dpo":           Method("sigmoid"),
+    "mallows-theta": Method("mallows-theta", "entropy"),
+    "mallows-phi":   Method("mallows-phi", "entropy"),
+    "ipo":           Method("square", eta=1.0),
+    "mallows-ipo":   Method("square", "entropy", eta=1.0),
+    "hinge":         Method("hinge"),
+    "simpo":         Method("sigmoid", beta=10.0, alpha=0.0, eta=1.0, margin=0.3),
+    "rainbowpo":     Method("sigmoid", "entropy", beta=10.0, alpha=0.25, eta=1.0, margin=0.1),
+    "sft":           Method(None, alpha=0.0, sft=1.0),
+}
+
+
+class Outcome(NamedTuple):
+    """What the objective says of each pair; every field is (B,).  Only the loss carries a gradient."""
+    loss: Tensor
+    accuracy: Tensor           # 1 where the chosen reward is the higher, 1/2 where they tie
+    margin: Tensor             # chosen_reward - rejected_reward, before dispersion and target margin
+    chosen_reward: Tensor      # beta * r(chosen), nats
+    rejected_reward: Tensor
+    chosen_logp: Tensor        # the policy's log-probability per token, nats
+    rejected_logp: Tensor
+
+
+def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, weight: Tensor) -> Outcome:
+    """The loss of each pair, and what to report of it.
+
+    logp, ref_logp: (B, 2) log-probability (nats) of the chosen and the rejected response under policy and
+    reference, summed over its tokens;  length: (B, 2) how many tokens those are (0 for a missing response, as
+    sft allows);  weight: (B,) of the prompts, without gradient.
+    """
+    length = length.to(logp.dtype).clamp(min=1)
+    reward = (logp - method.alpha * ref_logp) / length ** method.eta                    # (B, 2)
+    loss = -method.sft * logp[:, 0] / length[:, 0]                                      # (B,)
+    if method.link is not None:
+        h = method.beta * (reward[:, 0] - reward[:, 1] - method.margin)                 # (B,)
+        if method.link not in LAM_OF_WEIGHT:
+            h = weight * h                   # the link knows nothing of dispersion: MallowsPO as a plug-in
+        loss = loss + LINKS[method.link](h, lam_of(method, weight))
+
+    reward = method.beta * reward.detach()                                              # (B, 2)
+    margin = reward[:, 0] - reward[:, 1]
+    accuracy = (margin.sign() + 1) / 2
+    logp = logp.detach() / length                                                       # (B, 2) per token
+    return Outcome(loss, accuracy, margin, reward[:, 0], reward[:, 1], logp[:, 0], logp[:, 1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. The dispersion index H(x): how much people disagree about x, guessed from how undecided the reference is.
+
+ENTROPY_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 drops the pair
+
+
+def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
+    """(B,) H(x) in [0, 1] of (B, 2) the reference's mean next-token entropy (nats) over each response.
+
+    The mean of the two over log(vocab_size), as in the authors' code (as printed, in MallowsPO Eq. 13-14, it
+    sums over tokens and leaves [0, 1]).  H stands in for phi(x): 0 is agreement, 1 is a coin toss.
+    """
+    return entropy.mean(-1) / math.log(vocab_size)
+
+
+def dispersion_weight(index: Tensor, phi_star: float, power: float = 1.0) -> Tensor:
+    """weight(x) = phi_star * (-log H(x))^power: large where people agree, near 0 where they do not.
+
+    index: any shape, H(x) or a known phi(x); clamped to ENTROPY_RANGE.  MallowsPO (Eq. 13-14) is power = 1;
+    less shrinks a noisy index towards DPO, which is power = 0 (ours).
+    """
+    return phi_star * (-index.clamp(*ENTROPY_RANGE).log()) ** power
+
+
+def calibrate_phi_star(index: Tensor, power: float = 1.0) -> float:
+    """The phi_star that makes the mean weight over these prompts 1, so that beta means what it means in DPO.
+
+    The authors' code has 0.29 here, which is this number for one model and one data set.
+    """
+    return 1 / dispersion_weight(index.double(), 1.0, power).mean().item()
+
+
+def count_clamped(index: Tensor) -> int:
+    """How many of the indices lie outside ENTROPY_RANGE."""
+    low, high = ENTROPY_RANGE
+    return int(((index < low) | (index > high)).sum())
+
+
+# What a weight of 1 is in lam, for the links that take lam: beta then means what it means in DPO (the slope
+# of the logit at h = 0 is about 1).  For the other links the weight multiplies h (see objective).
+LAM_OF_WEIGHT = {"mallows-theta": 0.5, "mallows-phi": 1.0}
+
+
+def lam_of(method: Method, weight: Tensor) -> Tensor:
+    """lam(x) = -log phi(x) that a weight stands for under this method (plain links: as theta counts it)."""
+    return LAM_OF_WEIGHT.get(method.link, 0.5) * weight
+
+
+def lam_of_votes(votes: Tensor) -> Tensor:
+    """(..., 2) people for the chosen and for the rejected response -> (...,) lam: its mean, given the votes.
+
+    Ours.  The two count as neighbours in the ranking, so that a person is for the chosen one with probability
+    1 / (1 + phi) = sigmoid(lam); before any vote phi may be anything from 0 to 1, evenly.  Votes of 1 : 0
+    give a lam of 1.19, 3 : 0 give 1.59 and 2 : 1 give 0.77.
+    """
+    lam = (torch.arange(8192, dtype=torch.float64) + 0.5) / 200                         # 0 to 41, midpoints
+    kinds, place = votes.double().cpu().reshape(-1, 2).unique(dim=0, return_inverse=True)
+    people, against = kinds.sum(-1, keepdim=True), kinds[:, 1:]                         # (kinds, 1)
+    log_density = people * F.logsigmoid(lam) - (against + 1) * lam                      # d phi = -phi d lam
+    return (log_density.softmax(-1) @ lam)[place].view(votes.shape[:-1]).to(votes.device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The links.  LINKS[name](h, lam) holds -log g(h; lam), the loss of one pair, and not g itself, which
+#    underflows where the loss is large.  Element by element, shapes broadcast.
+
+LINKS = {
+    "sigmoid":       lambda h, lam: -F.logsigmoid(h),                      # DPO: arXiv 2305.18290, Eq. 7
+    "mallows-theta": lambda h, lam: -F.logsigmoid(2 * lam * h),            # Spearman's rho: MallowsPO, Eq. 12
+    "mallows-phi":   lambda h, lam: -F.logsigmoid(kendall_logit(h, lam)),  # Kendall's tau: MallowsPO, Eq. 11
+    "square":        lambda h, lam: (h - 0.5) ** 2,                        # IPO: 2310.12036, Eq. 17, * beta^2
+    "hinge":         lambda h, lam: F.relu(1 - h),                         # SLiC-HF: arXiv 2305.10425
+}
+BRIDGE = 1.0    # half-width of the bridge over the Kendall link's jump at h = 0; up to 1 no integer gap moves
+
+
+def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
+    """logit g(h; lam) of the Kendall link (MallowsPO, Eq. 11), the pair probability of section 4:
+
+        g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,    g(-h) = 1 - g(h),    phi = exp(-lam)
+
+    Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts.  With
+    G(x) = x / (1 - e^-x), g(h) is the mean slope of G over the window lam * [h, h+1], below 0 lam * [h-1, h].
+    The jump is that window flipping over.  We slide it: while h goes from -1 to 1, its centre goes smoothly
+    and monotonically from h - 1/2 to h + 1/2.  (The paper's own text on this could not be found.)
+    *The arithmetic*: as printed, g is 0/0 at small lam or h and cancels for h < 0; what follows equals it, to
+    rounding, in value and gradient for lam in [0, 30] and |h| up to 1e4.  Its slope at 0 is 1.0 to 1.17 lam.
+    """
+    dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
+    h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype).clamp(max=80.0))        # e^-80: certainty
+    x = (h / BRIDGE).clamp(-1, 1)
+    centre = h + (3 * x - x ** 3) / 4                       # h - 1/2 ... h + 1/2
+    # Training starts at centre = 0.  There abs() has the gradient 0, and nothing would be learned.
+    a = torch.where(centre < 0, -centre, centre) - 0.5      # the window is [a, a + 1], on the positive side
+    # Each form sees harmless input where the other one is used: an infinite gradient, times 0, would be nan.
+    series = lam * (a + 1) < 0.9
+    near = _logit_series(torch.where(series, a, 0.0), torch.where(series, lam, 0.0))
+    far = _logit_closed(torch.where(series, 1.0, a), torch.where(series, 1.0, lam))
+    logit = torch.where(series, near, far)
+    return torch.where(centre < 0, -logit, logit)
+
+
+def _logit_closed(a: Tensor, lam: Tensor) -> Tensor:
+    """log g - log(1 - g) over the window [a, a + 1], both as products that do not cancel."""
+    z, phi = lam * a, torch.exp(-lam)
+    slope = lam * _mean_decay(z)                            # (1 - phi^a) / a
+    rest = -torch.expm1(-lam)                               # 1 - phi
+    return z + torch.log(slope - rest * torch.exp(-z)) - torch.log(rest - phi * slope)
+
+
+def _mean_decay(z: Tensor) -> Tensor:
+    """(1 - e^-z) / z, the mean of e^-t over [0, z]; near 0, where its gradient cancels, a Taylor series."""
+    small = z.abs() < 0.5
+    near, far = torch.where(small, z, 0.0), torch.where(small, 1.0, z)
+    taylor = torch.zeros_like(z)
+    for k in range(16, -1, -1):
+        taylor = taylor * -near + 1 / math.factorial(k + 1)
+    return torch.where(small, taylor, -torch.expm1(-far) / far)
+
+
+# B_2k / (2k)!, the even Taylor coefficients of G(x) = x / (1 - e^-x) = 1 + x/2 + x^2/12 - x^4/720 + ...
+G_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000, 1 / 74724249600,
+            -3617 / 10670622842880000, 43867 / 5109094217170944000, -174611 / 802857662698291200000)
+
+
+def _logit_series(a: Tensor, lam: Tensor) -> Tensor:
+    """The same for lam * (a + 1) < 0.9, where g is 1/2 and a little: the mean slope of G, term by term."""
+    x, y = lam * (a + 1), lam * a
+    p, q = x * x, y * y
+    excess, term = torch.zeros_like(p), torch.ones_like(p)
+    power = torch.ones_like(p)
+    for coefficient in G_SERIES:                            # term = (p^k - q^k) / (p - q), power = q^k
+        excess = excess + coefficient * term
+        power = power * q
+        term = term * p + power
+    excess = excess * (x + y)                               # g - 1/2
+    return torch.log1p(2 * excess) - torch.log1p(-2 * excess)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. The ranking models, for the simulator.  Kendall-Mallows:  P(ranking) = phi^d(ranking, centre) / Z
+#    d counts the pairs that a ranking orders otherwise than the centre (Mallows 1957).  A ranking of n items
+#    is written as ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
+
+def pair_probability(gap: Tensor, lam: Tensor) -> Tensor:
+    """P(a person ranks item i above item j) when the centre puts i `gap` places above j (negative: below).
+
+    Exact at every integer gap, for any number of items.  The loss of MallowsPO-phi is -log of it, h the gap.
+    """
+    return torch.sigmoid(kendall_logit(gap, lam))
+
 
 def log_partition(n: int, lam: Tensor) -> Tensor:
-    """log Z of the Kendall-Mallows model on n items; any shape of lam, also lam = 0 (log n!).
+    """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
 
     Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions.
     """
-    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)     # (..., n)
+    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
     return exponents.logcumsumexp(-1).sum(-1)
 
 
 def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator | None = None) -> Tensor:
     """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
 
-    The items arrive from the centre's best to its worst; item i overtakes j of those before it with probability
-    proportional to phi^j, and each overtaking is one inversion.
+    The items arrive from the centre's best to its worst; item i overtakes j of those before it with a
+    probability proportional to phi^j, and each overtaking is one inversion.
     """
     ranks = torch.empty(count, 0, dtype=torch.long)
     for i in range(n):
         chances = torch.exp(-lam * torch.arange(i + 1.0, dtype=torch.float64))
-        place = i - torch.multinomial(chances, count, replacement=True, generator=generator)[:, None]
-        ranks = torch.cat([ranks + (ranks >= place), place], dim=1)                       # (count, i + 1)
+        overtaken = torch.multinomial(chances, count, replacement=True, generator=generator)
+        place = i - overtaken[:, None]                                                  # (count, 1)
+        ranks = torch.cat([ranks + (ranks >= place), place], dim=1)                     # (count, i + 1)
     return ranks
 
 
-def pair_probability(gap: Tensor, lam: Tensor) -> Tensor:
-    """P(a person ranks item i above item j) when the centre puts i `gap` places above j (negative: below).
-
-    Exact at every integer gap, for any number of items.  It is the link of MallowsPO-phi: the loss is the negative
-    log-likelihood of this model, with the policy's log-ratio in the place of the gap.
-    """
-    return torch.sigmoid(kendall_logit(gap, lam))
-
-
 def top_choice(n: int, lam: Tensor) -> Tensor:
-    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normalised.
-
-    It is also the law of the inversions that the n-th item of a repeated insertion makes.
-    """
+    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normed."""
     return torch.softmax(-lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device), -1)
 
 
 def favourite_entropy(n: int, lam: Tensor) -> Tensor:
-    """Entropy (nats) of people's favourites; falls from log n at lam = 0 to 0, with slope -lam * Var(place)."""
+    """Entropy (nats) of people's favourites; falls from log n at lam = 0, with slope -lam * Var(place)."""
     return torch.special.entr(top_choice(n, lam)).sum(-1)
 
 
 def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
 
-    Equal to the derivatives of log Z (Fligner and Verducci 1986), without their cancellation near lam = 0.
+    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0.
     """
     mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
     for i in range(2, n + 1):
-        chances, cost = top_choice(i, lam), torch.arange(i, dtype=lam.dtype, device=lam.device)
-        step = (chances * cost).sum(-1, keepdim=True)
-        mean, variance = mean + step[..., 0], variance + (chances * (cost - step) ** 2).sum(-1)
+        cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
+        chances = top_choice(i, lam)                                # (..., i) the same law as of a favourite
+        step = (chances * cost).sum(-1, keepdim=True)                                   # (..., 1)
+        mean = mean + step[..., 0]
+        variance = variance + (chances * (cost - step) ** 2).sum(-1)
     return mean, variance
 
-
-# Other distances have no closed form: the exact model lists every ranking (7 items: 5,040 of them).
 
 def kendall_distance(ranks: Tensor) -> Tensor:
     """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
@@ -98,7 +309,7 @@ def spearman_distance(ranks: Tensor) -> Tensor:
 
 
 def enumerate_rankings(n: int) -> Tensor:
-    """(n!, n) ranks of every ranking."""
+    """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
     return torch.tensor(list(itertools.permutations(range(n))))
 
 
@@ -108,9 +319,16 @@ def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor
 
 
 def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
-    """(..., n, n) share of the rankings (count, n), weighted by (..., count), that place item i above item j."""
-    above = ranks[:, :, None] < ranks[:, None, :]                                         # (count, n, n)
+    """(..., n, n) share of rankings (count, n), weighted by (..., count), that place item i above item j."""
+    above = ranks[:, :, None] < ranks[:, None, :]                                       # (count, n, n)
     return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
+
+
+def disagreement(n: int, lam: Tensor) -> Tensor:
+    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
+    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
+    agree = pair_probability(gap, lam[..., None])                                       # (..., n - 1)
+    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
 
 
 def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
@@ -123,133 +341,6 @@ def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
     return (low + high) / 2
 
 
-def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) that weight (..., count) people gave.
-
-    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood of
-    an exponential family is highest where the expected distance is the mean one.
-    """
-    weight = weight / weight.sum(-1, keepdim=True)
-    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
-    placed = ranks.T[centre].transpose(-1, -2)                                            # (..., count, n)
-    distance = (weight * kendall_distance(placed)).sum(-1)
-    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Links: LINKS[name](h, lam) = -log g(h; lam), element by element, shapes broadcast.
-
-BRIDGE = 1.0       # half-width of the bridge over the Kendall link's jump at h = 0; up to 1 no integer gap changes
-
-
-def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
-    """logit g(h; lam) of the Kendall link (MallowsPO Eq. 11, the pairwise marginal of the Kendall-Mallows model).
-
-        g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,      g(-h) = 1 - g(h),      phi = exp(-lam)
-
-    Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts.  With
-    G(x) = x / (1 - e^-x), g(h) is the mean slope of G over the window [h, h+1] * lam, and the jump is that window
-    flipping from one side of h to the other.  We slide it: its centre t moves smoothly and monotonically from
-    h - 1/2 to h + 1/2 while h goes from -1 to 1.  (The paper's own text on this could not be found.)
-    *The arithmetic*: as printed the formula is 0/0 at small lam or h and cancels for h < 0; what follows equals it,
-    to rounding, in value and gradient for lam in [0, 30] and |h| up to 1e4.  At h = 0 the slope is 1.0 to 1.17 lam.
-    """
-    dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
-    h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype).clamp(max=80.0))          # e^-80: certainty
-    x = (h / BRIDGE).clamp(-1, 1)
-    centre = h + (3 * x - x ** 3) / 4                        # t: h - 1/2 ... h + 1/2
-    a = torch.where(centre < 0, -centre, centre) - 0.5       # the window is [a, a + 1], on the positive side
-    series = lam * (a + 1) < 0.9
-    one = torch.ones_like(lam)                               # each branch sees safe input where the other one is used
-    logit = torch.where(series, _logit_series(torch.where(series, a, 0 * a), torch.where(series, lam, 0 * lam)),
-                        _logit_closed(torch.where(series, one, a), torch.where(series, one, lam)))
-    return torch.where(centre < 0, -logit, logit)
-
-
-def _logit_closed(a: Tensor, lam: Tensor) -> Tensor:
-    """log g - log(1 - g) over the window [a, a + 1], both as products that do not cancel."""
-    z, phi = lam * a, torch.exp(-lam)
-    small = z.abs() < 0.5                                    # (1 - e^-z) / z loses its gradient there: Taylor instead
-    zs, taylor = torch.where(small, z, 0 * z), torch.zeros_like(z)
-    for k in range(16, -1, -1):
-        taylor = taylor * -zs + 1 / math.factorial(k + 1)
-    zl = torch.where(small, torch.ones_like(z), z)
-    slope = lam * torch.where(small, taylor, -torch.expm1(-zl) / zl)                      # (1 - phi^a) / a
-    rest = -torch.expm1(-lam)                                                             # 1 - phi
-    return z + torch.log(slope - rest * torch.exp(-z)) - torch.log(rest - phi * slope)
-
-
-# B_2k / (2k)!, the even Taylor coefficients of G(x) = x / (1 - e^-x) = 1 + x/2 + x^2/12 - x^4/720 + ...
-G_SERIES = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160, -691 / 1307674368000, 1 / 74724249600,
-            -3617 / 10670622842880000, 43867 / 5109094217170944000, -174611 / 802857662698291200000)
-
-
-def _logit_series(a: Tensor, lam: Tensor) -> Tensor:
-    """The same for lam * (a + 1) < 0.9, where g is 1/2 and a little: the mean slope of G, term by term."""
-    x, y = lam * (a + 1), lam * a
-    p, q = x * x, y * y
-    excess, power, term = torch.zeros_like(p), torch.ones_like(p), torch.ones_like(p)
-    for coefficient in G_SERIES:                             # term = (p^k - q^k) / (p - q), power = q^k
-        excess = excess + coefficient * term
-        power = power * q
-        term = term * p + power
-    excess = excess * (x + y)                                # g - 1/2
-    return torch.log1p(2 * excess) - torch.log1p(-2 * excess)
-
-
-LINKS = {
-    "sigmoid":       lambda h, lam: -F.logsigmoid(h),                      # DPO (arXiv 2305.18290, Eq. 7)
-    "mallows-theta": lambda h, lam: -F.logsigmoid(2 * lam * h),            # Spearman's rho (MallowsPO, Eq. 12)
-    "mallows-phi":   lambda h, lam: -F.logsigmoid(kendall_logit(h, lam)),  # Kendall's tau (MallowsPO, Eq. 11)
-    "square":        lambda h, lam: (h - 0.5) ** 2,                        # IPO (arXiv 2310.12036, Eq. 17) * beta^2
-    "hinge":         lambda h, lam: F.relu(1 - h),                         # SLiC (arXiv 2305.10425)
-}
-
-# What a weight of 1 is in lam, for the links that take it: beta then means what it means in DPO (slope about 1 at
-# h = 0).  The other links know nothing of dispersion; there the weight multiplies h (MallowsPO as a plug-in).
-LAM_OF_WEIGHT = {"mallows-theta": 0.5, "mallows-phi": 1.0}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 3. The dispersion index: how much people disagree about x, guessed from how undecided the reference is.
-
-ENTROPY_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 drops the pair
-
-
-def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
-    """(B,) H(x) in [0, 1] from (B, 2) mean next-token entropies (nats) of the reference over each response's tokens.
-
-    The mean of the two responses' means, over log(vocab_size) (the authors' code; the paper's formula as printed
-    sums over tokens and leaves [0, 1]).  H stands in for phi(x): 0 is agreement, 1 is a coin toss.
-    """
-    return entropy.mean(-1) / math.log(vocab_size)
-
-
-def dispersion_weight(entropy: Tensor, phi_star: float, power: float = 1.0) -> Tensor:
-    """weight(x) = phi_star * (-log H(x))^power: large where people agree, near 0 where they do not.
-
-    `entropy` is the index H of dispersion_index, or a known phi(x), clamped to ENTROPY_RANGE.  The paper is
-    power = 1; less shrinks a noisy index towards DPO, which is power = 0 (ours).
-    """
-    return phi_star * (-entropy.clamp(*ENTROPY_RANGE).log()) ** power
-
-
-def calibrate_phi_star(entropy: Tensor, power: float = 1.0) -> float:
-    """The phi_star that makes the mean weight over these prompts 1, so that beta keeps the meaning it has in DPO.
-
-    The authors' code has 0.29 here, which is this number for one model and one data set.
-    """
-    return 1 / dispersion_weight(entropy.double(), 1.0, power).mean().item()
-
-
-def count_clamped(entropy: Tensor) -> int:
-    """How many of the indices lie outside ENTROPY_RANGE."""
-    low, high = ENTROPY_RANGE
-    return int(((entropy < low) | (entropy > high)).sum())
-
-
-# Where the answers can be counted, lam itself can be had, not only an index that rises and falls with it.
-
 def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
     """lam at which people's favourites among n answers have this entropy (nats)."""
     return invert(lambda lam: favourite_entropy(n, lam), entropy)
@@ -258,18 +349,11 @@ def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
 def lam_of_choices(counts: Tensor) -> Tensor:
     """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
 
-    One pseudo-count, 1/n an answer: else a few draws that happen to agree have entropy 0, and lam is infinite.
+    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite.
     """
     n = counts.shape[-1]
     share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
     return lam_of_entropy(torch.special.entr(share).sum(-1), n)
-
-
-def disagreement(n: int, lam: Tensor) -> Tensor:
-    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
-    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
-    agree = pair_probability(gap, lam[..., None])                                         # (..., n - 1)
-    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
 
 
 def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
@@ -277,100 +361,39 @@ def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
     return invert(lambda lam: disagreement(n, lam), rate)
 
 
-def lam_of_votes(votes: Tensor) -> Tensor:
-    """(..., 2) people for the chosen and for the rejected response -> (...,) lam: its mean, given the votes.
+def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) by weight (..., count) people.
 
-    The two count as neighbours in the ranking, so a person is for the chosen one with probability 1 / (1 + phi), and
-    before any vote phi may be anything from 0 to 1, evenly.  1 : 0 gives 1.19, 3 : 0 gives 1.59, 2 : 1 .77.
+    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood
+    of an exponential family is highest where the expected distance is the mean one.
     """
-    lam = (torch.arange(8192, dtype=torch.float64) + 0.5) / 200                           # 0 to 41, by midpoints
-    kinds, place = votes.double().cpu().reshape(-1, 2).unique(dim=0, return_inverse=True)
-    density = kinds.sum(-1, keepdim=True) * F.logsigmoid(lam) - (kinds[:, 1:] + 1) * lam  # (kinds, grid), its log
-    return (density.softmax(-1) @ lam)[place].view(votes.shape[:-1]).to(votes.device)
+    weight = weight / weight.sum(-1, keepdim=True)
+    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
+    placed = ranks.T[centre].transpose(-1, -2)                                          # (..., count, n)
+    distance = (weight * kendall_distance(placed)).sum(-1)
+    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# 4. The objective: a table of methods, one function.
-
-class Method(NamedTuple):
-    """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
-    link: str | None              # a name of LINKS; None: no preference term
-    dispersion: str = "constant"  # source of the weight: constant (1), entropy, the record's field or votes
-    beta: float = 0.1             # pull to the reference
-    alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
-    eta: float = 0.0              # 1 divides the log-ratio by the response's length
-    margin: float = 0.0           # that the chosen reward / beta must lead by
-    sft: float = 0.0              # weight of the chosen response's negative log-likelihood a token
-
-
-LOSSES = {
-    "dpo":           Method("sigmoid"),
-    "mallows-theta": Method("mallows-theta", "entropy"),
-    "mallows-phi":   Method("mallows-phi", "entropy"),
-    "ipo":           Method("square", eta=1.0),
-    "mallows-ipo":   Method("square", "entropy", eta=1.0),
-    "hinge":         Method("hinge"),
-    "simpo":         Method("sigmoid", beta=10.0, alpha=0.0, eta=1.0, margin=0.3),             # arXiv 2405.14734
-    "rainbowpo":     Method("sigmoid", "entropy", beta=10.0, alpha=0.25, eta=1.0, margin=0.1),  # arXiv 2410.04203
-    "sft":           Method(None, alpha=0.0, sft=1.0),
-}
-
-
-class Outcome(NamedTuple):
-    """What the objective says of each pair; every field is (B,).  Only the loss carries a gradient."""
-    loss: Tensor
-    accuracy: Tensor           # 1 where the chosen reward is the higher, 1/2 where they tie
-    margin: Tensor             # chosen_reward - rejected_reward, before dispersion and target margin
-    chosen_reward: Tensor      # beta * r(chosen), in nats of the policy's log-ratio times beta
-    rejected_reward: Tensor
-    chosen_logp: Tensor        # the policy's log-probability a token, nats
-    rejected_logp: Tensor
-
-
-def lam_of(method: Method, weight: Tensor) -> Tensor:
-    """lam(x) = -log phi(x) that a weight stands for under this method (for plain links: as theta counts it)."""
-    return LAM_OF_WEIGHT.get(method.link, 0.5) * weight
-
-
-def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, weight: Tensor) -> Outcome:
-    """The loss of each pair, and what to report of it.
-
-    logp, ref_logp: (B, 2) log-probability of the chosen and the rejected response, summed over its tokens;
-    length: (B, 2) numbers of tokens (a missing rejected response, for sft: 0);  weight: (B,) of the prompts, detached.
-    """
-    length = length.to(logp.dtype).clamp(min=1)
-    reward = (logp - method.alpha * ref_logp) / length ** method.eta                      # (B, 2)
-    loss = -method.sft * logp[:, 0] / length[:, 0]                                        # (B,)
-    if method.link is not None:
-        h = method.beta * (reward[:, 0] - reward[:, 1] - method.margin)
-        lam = lam_of(method, weight)
-        loss = loss + LINKS[method.link](h if method.link in LAM_OF_WEIGHT else weight * h, lam)
-
-    reward, logp = method.beta * reward.detach(), logp.detach() / length
-    margin = reward[:, 0] - reward[:, 1]
-    return Outcome(loss, (margin.sign() + 1) / 2, margin, reward[:, 0], reward[:, 1], logp[:, 0], logp[:, 1])
-
-
-# ---------------------------------------------------------------------------------------------------------------
 
 def main():
-    """Print what the dispersion does to the weight and to the loss."""
+    """Print what the dispersion does to the loss and to its slope."""
     gaps = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0])
-    print("How much a person's choice says about the policy's preference h = beta * (log-ratio chosen - rejected):\n"
-          "loss, and its slope in h, of DPO and of MallowsPO at dispersion phi (1: a coin toss, near 0: all agree).\n")
+
+    def show(link: str, lam: float, dispersion: str) -> None:
+        h = gaps.clone().requires_grad_()
+        loss = LINKS[link](h, torch.tensor(lam))
+        slope, = torch.autograd.grad(loss.sum(), h)
+        cells = [f"{value:7.3f} ({grad:+.2f})" for value, grad in zip(loss.tolist(), slope.tolist())]
+        print(f"{link:<13} {dispersion:<11} | " + "".join(cells))
+
+    print("How much a person's choice says about the policy's preference h = beta * (log-ratio chosen - rejected):")
+    print("loss, and its slope in h, of DPO and of MallowsPO at dispersion phi (1: a coin toss, near 0: all agree).\n")
     print("loss          phi    lam  | " + "".join(f"   h = {h:+.0f}      " for h in gaps))
-    for name in ("sigmoid", "mallows-theta", "mallows-phi"):
-        for phi in [0.05, 0.2, 0.5, 0.8, 0.95] if name != "sigmoid" else [None]:
-            lam = -math.log(phi or math.exp(-0.5))
-            h = gaps.clone().requires_grad_()
-            loss = LINKS[name](h, torch.tensor(lam))
-            slope, = torch.autograd.grad(loss.sum(), h)
-            cells = "".join(f"{value:7.3f} ({grad:+.2f})"
-                            for value, grad in zip(loss.tolist(), slope.tolist(), strict=True))
-            print(f"{name:<13} {phi or '':<4} {lam if phi else '':<6.4} | {cells}" if phi else
-                  f"{name:<13} {'':<4} {'':<6} | {cells}")
+    show("sigmoid", 0.5, "")
+    for link in ("mallows-theta", "mallows-phi"):
         print()
-    print("Where people agree the slope is steep: the pair counts.  Where they do not, it is ignored.")
+        for phi in (0.05, 0.2, 0.5, 0.8, 0.95):
+            show(link, -math.log(phi), f"{phi:<4} {-math.log(phi):<6.4}")
+    print("\nWhere people agree the slope is steep: the pair counts.  Where they do not, it is ignored.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """The formulas against enumeration, float64 and high-precision arithmetic."""
+import inspect
 import itertools
 import math
+import textwrap
 
 import mpmath
 import pytest
 import torch
+from conftest import ROOT
 
 import mallowspo
 from mallowspo import LINKS, LOSSES, Method, lam_of_votes, objective, pair_probability
@@ -222,3 +225,28 @@ def test_lam_from_votes_against_quadrature():
         exact = [[mean(*pair) for pair in row] for row in votes.tolist()]
     assert torch.allclose(lam_of_votes(votes), torch.tensor(exact, dtype=torch.float64), rtol=1e-4)
     assert lam_of_votes(votes)[0, 0] == pytest.approx(1, abs=1e-3), "without votes the mean of the prior"
+
+
+def test_the_snippet_runs_and_stands_in_the_readme():
+    """The few lines that show how to use the formulas in another loop, as mallowspo.py and README.md have them."""
+    doc = inspect.cleandoc(mallowspo.__doc__)
+    start = doc.index("  from mallowspo import LOSSES, calibrate_phi_star")
+    last = "print(outcome.accuracy.mean(), outcome.margin.mean())"
+    snippet = textwrap.dedent(doc[start:doc.index(last) + len(last)])
+    generator = torch.Generator().manual_seed(0)
+    entropy, vocab_size = torch.rand(32, 2, generator=generator) * 5 + 0.1, 1000
+    ref_logp = -torch.rand(32, 2, generator=generator) * 50
+    length = torch.randint(1, 40, (32, 2), generator=generator)
+    i = torch.randperm(32, generator=generator)[:8]
+    logp = (ref_logp[i] + torch.randn(8, 2, generator=generator)).requires_grad_()
+    names = {"entropy": entropy, "vocab_size": vocab_size, "logp": logp, "ref_logp": ref_logp, "length": length, "i": i}
+    exec(snippet, names)
+    assert (logp.grad[:, 0] < 0).all() and (logp.grad[:, 1] > 0).all()
+    assert names["index"].shape == names["weight"].shape == (32,) and names["outcome"].loss.shape == (8,)
+    assert names["weight"].mean().item() == pytest.approx(1, abs=1e-6)
+
+    lines = [line.strip() for line in snippet.splitlines()]
+    readme = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    assert lines[0] in readme, "README.md lacks the snippet"
+    at = readme.index(lines[0])
+    assert readme[at:at + len(lines)] == lines
