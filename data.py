@@ -1,4 +1,4 @@
-"""Preference records -> checked, tokenised pairs -> a fixed schedule of packed rows; and the demo's population.
+"""Preference records -> checked, tokenised pairs -> a fixed schedule of packed rows.
 
 A record is an object of JSON with "prompt", "chosen", "rejected", see FORMS; "dispersion" (phi in (0, 1]) and "votes"
 ([for chosen, for rejected]) are optional.  Strings are used as they are; messages go through the tokenizer's own chat
@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -133,12 +134,12 @@ def _arrange(prompt: Text | None, sides: list[Text]) -> tuple[str, Text, list[Te
 
 def _split_dialogues(sides: list[str]) -> tuple[str, list[str]]:
     """Anthropic's form: both sides hold the dialogue; they must agree up to the last assistant turn."""
-    starts, turns, responses = zip(*(text.rpartition(TURN) for text in sides))
-    if not all(turns):
+    parts = [text.rpartition(TURN) for text in sides]              # (the dialogue so far, TURN, the response)
+    if not all(turn for _, turn, _ in parts):
         raise BadData(f"has no 'prompt', and its responses are not dialogues with {TURN!r} either")
-    if starts[0] != starts[-1]:
+    if parts[0][0] != parts[-1][0]:
         raise BadData(f"has no 'prompt', and its two dialogues differ before the last {TURN!r}")
-    return starts[0] + TURN, list(responses)
+    return parts[0][0] + TURN, [response for _, _, response in parts]
 
 
 def _kind(value) -> str:
@@ -154,7 +155,8 @@ def decode_json(text: bytes):
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)   # int refuses NaN
     except (ValueError, RecursionError) as error:
-        raise BadData(f"not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'} ({error})") from None
+        kind = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
+        raise BadData(f"not {kind} ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -443,15 +445,16 @@ class Dataset(NamedTuple):
     bad: int                     # records passed over with skip_bad
 
     def __str__(self) -> str:
+        skipped = f", skipped {self.bad:,} bad records" if self.bad else ""
         return (f"kept {len(self.pairs):,} pairs, {self.cut:,} with the prompt cut; dropped {self.dropped:,} too long"
-                + f", skipped {self.bad:,} bad records" * bool(self.bad))
+                f"{skipped}")
 
 
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -> Iterator[tuple]:
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
-    for where, line in (found for name in ([names] if isinstance(names, str | Path) else names)
-                        for found in read_lines(name)):
+    names = [names] if isinstance(names, str | Path) else names
+    for where, line in itertools.chain.from_iterable(map(read_lines, names)):
         try:
             if len(line) > LONGEST[0]:                  # one of an array
                 raise BadData(f"longer than {LONGEST[0]:,} bytes")
@@ -499,7 +502,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
     if not pairs:
         files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
-        raise BadData(f"{files}: no pairs in it" + (f" ({bad:,} bad records skipped)" if bad else ""))
+        raise BadData(f"{files}: no pairs in it ({bad:,} bad records skipped)" if bad else f"{files}: no pairs in it")
     return Dataset(pairs, cut, len(dropped), bad)
 
 
@@ -570,10 +573,8 @@ class Split:
     @classmethod
     def plan(cls, pairs: list[Pair], batch_size: int, seed: int, tokens_per_row: int | None, default: int,
              device: torch.device) -> "Split":
-        """Lay out one epoch; without tokens_per_row, rows take the default, or more if a pair does.
-
-        Raises BadData if a pair is longer than a row may be.
-        """
+        """Lay out one epoch; without tokens_per_row, rows take the default, or more if a pair does.  Raises BadData if
+        a pair is longer than a row may be."""
         costs = [pair.cost() for pair in pairs]
         longest = max(range(len(pairs)), key=costs.__getitem__)
         budget = tokens_per_row or max(costs[longest], default)
@@ -633,11 +634,9 @@ class PackedRow(NamedTuple):
 
 
 def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | torch.device = "cpu") -> PackedRow:
-    """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row.
-
-    A segment id is group * branches + branch, as model.visible reads it (branches: model.BRANCHES); branch 0 is the
-    prompt.  Raises ValueError if a group has more responses than that leaves room for.
-    """
+    """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row.  A
+    segment id is group * branches + branch, as model.visible reads it (branches: model.BRANCHES); branch 0 is the
+    prompt.  Raises ValueError if a group has more responses than that leaves room for."""
     if not groups:                                                        # a row with nothing scored: one lone token
         tokens, positions, segments = torch.zeros(3, 1, 1, dtype=torch.int64, device=device)
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
@@ -673,13 +672,15 @@ def to_device(values, device: str | torch.device) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # 6. The data doctor
 
-def show(tokenizer: Tokenizer, where: str, prompt: list[int], *sides: list[int]) -> None:
-    """Print a pair; bars stand between the scored tokens."""
-    print(f"\n{where}: {len(prompt)} prompt tokens, {' and '.join(str(len(ids)) for ids in sides)} scored ones")
-    print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
-    for name, ids in zip(("chosen", "rejected"), sides):
-        shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
-        print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
+class Facts(NamedTuple):
+    """What the doctor keeps of a pair."""
+    lengths: list[int]           # of prompt, chosen, rejected
+    form: str
+    cut: bool | None             # the prompt loses its beginning; None: the pair does not fit
+    spaces: int                  # responses that start with one
+    prompt: bytes                # digests: of the prompt, of the pair, of its opposite
+    pair: bytes
+    opposite: bytes
 
 
 def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int) -> bool:
@@ -693,40 +694,48 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
                 if isinstance(record, BadData):
                     bad.append((f"{where}: {record}", str(record)))
                     continue
-                prompt, chosen, rejected, *_, form = record
+                prompt, chosen, rejected, *_ = record
                 kept = truncate_prompt(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
-                facts.append(([len(part) for part in ids], form, None if kept is None else len(kept) < len(ids[0]),
-                              plain(chosen).startswith(" ") + plain(rejected).startswith(" "), digest(prompt),
-                              digest(prompt, chosen, rejected), digest(prompt, rejected, chosen)))
-                first += [(where, *ids)] if tokenizer and len(first) < examples else []
+                facts.append(Facts([len(part) for part in ids], record.form,
+                                   None if kept is None else len(kept) < len(ids[0]),
+                                   sum(plain(side).startswith(" ") for side in (chosen, rejected)), digest(prompt),
+                                   digest(prompt, chosen, rejected), digest(prompt, rejected, chosen)))
+                if tokenizer and len(first) < examples:
+                    first.append((where, *ids))
         except BadData as error:
             bad.append((str(error), "the rest of a file that cannot be read"))
-    lengths, forms, cut, spaced, prompts, pairs, opposites = zip(*facts) if facts else [()] * 7
-    print(f"{', '.join(names)}: {len(pairs) + len(bad):,} records, {len(pairs):,} of them usable pairs"
-          + "  <- wrong" * (not facts))
-    for form, count in Counter(forms).most_common():
+    usable = f"{len(facts):,} of them usable pairs" if facts else "0 of them usable pairs  <- wrong"
+    print(f"{', '.join(names)}: {len(facts) + len(bad):,} records, {usable}")
+    for form, count in Counter(fact.form for fact in facts).most_common():
         print(f"{count:>9,}  {form}: {FORMS[form]}")
     if facts:
-        print(f"\n{'in tokens' if tokenizer else 'in characters':<17}     5 %    25 %    50 %    75 %    95 % longest")
-        for name, column in zip(("prompt", "chosen", "rejected"), zip(*lengths)):
+        unit, lengths = "in tokens" if tokenizer else "in characters", np.array([fact.lengths for fact in facts])
+        print(f"\n{unit:<17}     5 %    25 %    50 %    75 %    95 % longest")
+        for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
             print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
-        longer = np.mean([np.sign(chosen - rejected) for _, chosen, rejected in lengths]) / 2 + 0.5
+        longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
+        spaced = sum(fact.spaces for fact in facts) / (2 * len(facts))
         print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
-              f"{np.mean(spaced) / 2:>9.1%}  of the responses start with a space")
-    opposed, same = len(set(pairs) & set(opposites)), sum("no preference" in kind for _, kind in bad)
-    rows = [(cut.count(True), f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
-            (cut.count(None), "pairs are dropped: a response does not fit", cut.count(None) > 0.1 * len(pairs)),
-            (len(prompts) - len(set(prompts)), "pairs have the prompt of an earlier one", False),
-            (len(pairs) - len(set(pairs)), "pairs repeat an earlier one exactly", False),
+              f"{spaced:>9.1%}  of the responses start with a space")
+    pairs, cuts = {fact.pair for fact in facts}, Counter(fact.cut for fact in facts)
+    opposed, same = len(pairs & {fact.opposite for fact in facts}), sum("no preference" in kind for _, kind in bad)
+    rows = [(cuts[True], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
+            (cuts[None], "pairs are dropped: a response does not fit", cuts[None] > 0.1 * len(facts)),
+            (len(facts) - len({fact.prompt for fact in facts}), "pairs have the prompt of an earlier one", False),
+            (len(facts) - len(pairs), "pairs repeat an earlier one exactly", False),
             (opposed, "pairs are contradicted: the same two responses stand there the other way round, too", opposed),
             (same, "records have identical responses", same), (len(bad), "records are bad", bad)]
     for count, what, wrong in rows[0 if tokenizer else 2:]:
-        print(f"{count:>9,}  {what}" + "  <- wrong" * bool(wrong))
+        print(f"{count:>9,}  {what}  <- wrong" if wrong else f"{count:>9,}  {what}")
     for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
         print(f"{count:>9,}    {kind}")
     print(*(f"  {message[:500]}" for message, _ in bad[:5]), sep="\n")
-    for pair in first:
-        show(tokenizer, *pair)
+    for where, prompt, *sides in first:                            # bars stand between the scored tokens
+        print(f"\n{where}: {len(prompt)} prompt tokens, {len(sides[0])} and {len(sides[1])} scored ones")
+        print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
+        for name, ids in zip(("chosen", "rejected"), sides):
+            shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
+            print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
     return bool(facts) and not any(wrong for _, _, wrong in rows)
 
 
