@@ -4,28 +4,34 @@ People agree on some prompts ("1 + 1 = ?") and disagree on others ("the best piz
 model puts that into one number per prompt x, the dispersion phi(x) in (0, 1]: near 0 everybody agrees, at 1 the
 ranking is a coin toss.  MallowsPO is DPO that knows this number.  With lam(x) = -log phi(x) >= 0,
 
-    r(y) = |y|^-eta * (log pi(y|x) - alpha * log ref(y|x))          the implicit reward of response y, over beta
+    r(y) = |y|^-eta * (log pi(y|x) - alpha * log ref(y|x))          implicit reward of response y, divided by beta
     h    = beta * (r(chosen) - r(rejected) - margin)                how far the policy prefers the chosen one
     loss = -log g(h; lam(x))  +  sft * NLL(chosen)                  g: the probability that a person agrees
 
-and a method is a row of settings of these three lines (the table LOSSES).  In a training loop of your own:
+and a method is a row of settings of these three lines (the table LOSSES).  The link g of MallowsPO-theta (Spearman's
+rho) is DPO's sigmoid with beta scaled per prompt, that of MallowsPO-phi (Kendall's tau) is curved; theta and phi are
+the paper's names.  A link without lam (DPO's, IPO's) gets weight(x) * h for h: the plug-in.  Where lam comes from:
+
+    entropy of the reference -> index H, a stand-in for phi -> weight = phi_star * -log H, mean 1 -> lam = c * weight
+
+(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi.)  In a training loop of your own:
 
   from mallowspo import LOSSES, calibrate_phi_star, dispersion_index, dispersion_weight, objective
 
   # Once, over the training pairs.  entropy: (P, 2) nats, the reference's mean next-token entropy over each response.
   index = dispersion_index(entropy, vocab_size)                  # (P,) near 0: people agree, 1: a coin toss
-  weight = dispersion_weight(index, calibrate_phi_star(index))   # (P,) mean 1; all 1 would be DPO
+  weight = dispersion_weight(index, calibrate_phi_star(index))   # (P,) mean 1; all 1: no dispersion
 
-  # In every step, for the pairs i of the batch.  logp, ref_logp: (B, 2) log-probability of the chosen and the rejected
-  # response under policy and reference, summed over its tokens; length: (B, 2) how many tokens those are.
+  # In every step, for the pairs i of the batch.  logp: (B, 2) the policy's log-probability of the chosen and of the
+  # rejected response, summed over its tokens; ref_logp: (P, 2) the reference's; length: (P, 2) how many tokens.
   outcome = objective(LOSSES["mallows-theta"], logp, ref_logp[i], length[i], weight[i])
   outcome.loss.mean().backward()
   print(outcome.accuracy.mean(), outcome.margin.mean())
 
     python mallowspo.py             prints what the dispersion does to the loss
 
-The file: 1. the objective -> 2. the dispersion index and weight -> 3. the links g -> 4. the ranking models
-behind them, which only the simulator needs.  Pure functions on tensors: float32 in, float32 out, likewise float64.
+The file: 1. the objective -> 2. the dispersion index and weight -> 3. the links g -> 4. the ranking models behind
+them, which only bandit.py needs.  Functions on tensors; the loss is float32 of float32, float64 of float64.
 """
 import itertools
 import math
@@ -36,12 +42,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. The objective: the three lines above, a table of methods and one function.
+# 1. The objective: a table of methods, and one function.
 
 class Method(NamedTuple):
-    """One row of settings of the three lines above; every column but the link is also a flag of train.py."""
+    """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
     link: str | None              # a name of LINKS; None: no preference term
-    dispersion: str = "constant"  # source of the weight: constant (1), entropy, the record's field or votes
+    dispersion: str = "constant"  # source of the weight: "constant" (1), "entropy", the record's "field" or "votes"
     beta: float = 0.1             # pull to the reference
     alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
     eta: float = 0.0              # 1 divides the log-ratio by the response's length
@@ -50,7 +56,8 @@ class Method(NamedTuple):
 
 
 LOSSES = {
-    # the papers stand beside the LINKS; SimPO: arXiv 2405.14734, Eq. 6, RainbowPO: arXiv 2410.04203
+    # The papers stand beside the LINKS; SimPO: arXiv 2405.14734, Eq. 6; RainbowPO: arXiv 2410.04203.  IPO averages
+    # over tokens, as its authors confirmed; the hinge keeps the reference, as in TRL.
     "dpo":           Method("sigmoid"),
     "mallows-theta": Method("mallows-theta", "entropy"),
     "mallows-phi":   Method("mallows-phi", "entropy"),
@@ -66,8 +73,8 @@ LOSSES = {
 class Outcome(NamedTuple):
     """What the objective says of each pair; every field is (B,).  Only the loss carries a gradient."""
     loss: Tensor
-    accuracy: Tensor           # 1 where the chosen reward is the higher, 1/2 where they tie
-    margin: Tensor             # chosen_reward - rejected_reward, before dispersion and target margin
+    accuracy: Tensor           # 1 where the chosen reward is the higher, 1/2 where they tie (of sft: no meaning)
+    margin: Tensor             # chosen_reward - rejected_reward, before dispersion and the margin of Method
     chosen_reward: Tensor      # beta * r(chosen), nats
     rejected_reward: Tensor
     chosen_logp: Tensor        # the policy's log-probability per token, nats
@@ -87,7 +94,7 @@ def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, we
     if method.link is not None:
         h = method.beta * (reward[:, 0] - reward[:, 1] - method.margin)                 # (B,)
         if method.link not in LAM_OF_WEIGHT:
-            h = weight * h                   # the link knows nothing of dispersion: MallowsPO as a plug-in
+            h = weight * h                   # a link that ignores lam: MallowsPO as a plug-in
         loss = loss + LINKS[method.link](h, lam_of(method, weight))
 
     reward = method.beta * reward.detach()                                              # (B, 2)
@@ -100,48 +107,45 @@ def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, we
 # ------------------------------------------------------------------------------------------------------------
 # 2. The dispersion index H(x): how much people disagree about x, guessed from how undecided the reference is.
 
-ENTROPY_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 drops the pair
+INDEX_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 drops the pair
 
 
 def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
-    """(B,) H(x) in [0, 1] of (B, 2) the reference's mean next-token entropy (nats) over each response.
+    """(B, 2) mean next-token entropies (nats) of the reference over each response -> (B,) index H(x) in [0, 1].
 
-    The mean of the two over log(vocab_size), as in the authors' code (as printed, in MallowsPO Eq. 13-14, it
-    sums over tokens and leaves [0, 1]).  H stands in for phi(x): 0 is agreement, 1 is a coin toss.
-    """
+    The mean of the two, divided by log(vocab_size), as in the authors' code (as printed, in MallowsPO Eq. 13-14,
+    it sums over tokens and leaves [0, 1]).  H stands in for phi(x): 0 is agreement, 1 is a coin toss."""
     return entropy.mean(-1) / math.log(vocab_size)
 
 
 def dispersion_weight(index: Tensor, phi_star: float, power: float = 1.0) -> Tensor:
     """weight(x) = phi_star * (-log H(x))^power: large where people agree, near 0 where they do not.
 
-    index: any shape, H(x) or a known phi(x); clamped to ENTROPY_RANGE.  MallowsPO (Eq. 13-14) is power = 1;
-    less shrinks a noisy index towards DPO, which is power = 0 (ours).
-    """
-    return phi_star * (-index.clamp(*ENTROPY_RANGE).log()) ** power
+    index: any shape, H(x) or a known phi(x); clamped to INDEX_RANGE.  MallowsPO (Eq. 13-14) is power = 1; less
+    shrinks a noisy index towards no dispersion at all, which is power = 0 (ours)."""
+    return phi_star * (-index.clamp(*INDEX_RANGE).log()) ** power
 
 
 def calibrate_phi_star(index: Tensor, power: float = 1.0) -> float:
     """The phi_star that makes the mean weight over these prompts 1, so that beta means what it means in DPO.
 
-    The authors' code has 0.29 here, which is this number for one model and one data set.
-    """
+    The authors' code has 0.29 here, which is this number for one model and one data set."""
     return 1 / dispersion_weight(index.double(), 1.0, power).mean().item()
 
 
 def count_clamped(index: Tensor) -> int:
-    """How many of the indices lie outside ENTROPY_RANGE."""
-    low, high = ENTROPY_RANGE
+    """How many of the indices lie outside INDEX_RANGE."""
+    low, high = INDEX_RANGE
     return int(((index < low) | (index > high)).sum())
 
 
-# What a weight of 1 is in lam, for the links that take lam: beta then means what it means in DPO (the slope
-# of the logit at h = 0 is about 1).  For the other links the weight multiplies h (see objective).
+# The links that take lam, and what a weight of 1 is in lam: beta then means what it means in DPO (the slope of
+# the logit at h = 0 is about 1).  For the other links the weight multiplies h (see objective).
 LAM_OF_WEIGHT = {"mallows-theta": 0.5, "mallows-phi": 1.0}
 
 
 def lam_of(method: Method, weight: Tensor) -> Tensor:
-    """lam(x) = -log phi(x) that a weight stands for under this method (plain links: as theta counts it)."""
+    """lam(x) = -log phi(x) that a weight stands for under this method (of links without lam: 1/2, as for theta)."""
     return LAM_OF_WEIGHT.get(method.link, 0.5) * weight
 
 
@@ -160,8 +164,8 @@ def lam_of_votes(votes: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The links.  LINKS[name](h, lam) holds -log g(h; lam), the loss of one pair, and not g itself, which
-#    underflows where the loss is large.  Element by element, shapes broadcast.
+# 3. The links.  LINKS[name](h, lam) holds the loss of one pair: -log g(h; lam) where g is a probability, as g
+#    itself underflows where the loss is large.  Element by element, shapes broadcast.
 
 LINKS = {
     "sigmoid":       lambda h, lam: -F.logsigmoid(h),                      # DPO: arXiv 2305.18290, Eq. 7
@@ -170,7 +174,7 @@ LINKS = {
     "square":        lambda h, lam: (h - 0.5) ** 2,                        # IPO: 2310.12036, Eq. 17, * beta^2
     "hinge":         lambda h, lam: F.relu(1 - h),                         # SLiC-HF: arXiv 2305.10425
 }
-BRIDGE = 1.0    # half-width of the bridge over the Kendall link's jump at h = 0; up to 1 no integer gap moves
+BRIDGE = 1.0    # half-width of the bridge over the Kendall link's jump at h = 0; up to 1, g is exact at integer h
 
 
 def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
@@ -178,13 +182,13 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
 
         g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,    g(-h) = 1 - g(h),    phi = exp(-lam)
 
-    Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts.  With
-    G(x) = x / (1 - e^-x), g(h) is the mean slope of G over the window lam * [h, h+1], below 0 lam * [h-1, h].
-    The jump is that window flipping over.  We slide it: while h goes from -1 to 1, its centre goes smoothly
-    and monotonically from h - 1/2 to h + 1/2.  (The paper's own text on this could not be found.)
-    *The arithmetic*: as printed, g is 0/0 at small lam or h and cancels for h < 0; what follows equals it, to
-    rounding, in value and gradient for lam in [0, 30] and |h| up to 1e4.  Its slope at 0 is 1.0 to 1.17 lam.
-    """
+    Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts (the paper's
+    remedy could not be found).  With G(x) = x / (1 - e^-x), g(h) is the mean slope of G over the window
+    lam * [h, h+1], for h < 0 over lam * [h-1, h]; it jumps since the window does.  Ours moves: while h goes from
+    -1 to 1, its centre goes smoothly and monotonically from h - 1/2 to h + 1/2.
+    *The arithmetic*: as printed, g is 0/0 at small lam or h and cancels for h < 0; what follows equals it where
+    |h| >= 1, to rounding, in value and gradient, for lam in [0, 30] and |h| up to 1e4.  The slope at h = 0 is 1.0
+    to 1.17 lam for lam up to 4.5, less beyond."""
     dtype = torch.promote_types(torch.promote_types(h.dtype, lam.dtype), torch.float32)
     h, lam = torch.broadcast_tensors(h.to(dtype), lam.to(dtype).clamp(max=80.0))        # e^-80: certainty
     x = (h / BRIDGE).clamp(-1, 1)
@@ -262,8 +266,7 @@ def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator |
     """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
 
     The items arrive from the centre's best to its worst; item i overtakes j of those before it with a
-    probability proportional to phi^j, and each overtaking is one inversion.
-    """
+    probability proportional to phi^j, and each overtaking is one inversion."""
     ranks = torch.empty(count, 0, dtype=torch.long)
     for i in range(n):
         chances = torch.exp(-lam * torch.arange(i + 1.0, dtype=torch.float64))
@@ -365,8 +368,7 @@ def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) by weight (..., count) people.
 
     The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood
-    of an exponential family is highest where the expected distance is the mean one.
-    """
+    of an exponential family is highest where the expected distance is the mean one."""
     weight = weight / weight.sum(-1, keepdim=True)
     centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
     placed = ranks.T[centre].transpose(-1, -2)                                          # (..., count, n)
@@ -385,15 +387,15 @@ def main():
         cells = [f"{value:7.3f} ({grad:+.2f})" for value, grad in zip(loss.tolist(), slope.tolist())]
         print(f"{link:<13} {dispersion:<11} | " + "".join(cells))
 
-    print("How much a person's choice says about the policy's preference h = beta * (log-ratio chosen - rejected):")
-    print("loss, and its slope in h, of DPO and of MallowsPO at dispersion phi (1: a coin toss, near 0: all agree).\n")
+    print("The loss of a pair, and its slope in h = beta * (log-ratio chosen - rejected), of DPO and of MallowsPO at")
+    print("dispersion phi (1: a coin toss, near 0: all agree).\n")
     print("loss          phi    lam  | " + "".join(f"   h = {h:+.0f}      " for h in gaps))
     show("sigmoid", 0.5, "")
     for link in ("mallows-theta", "mallows-phi"):
         print()
         for phi in (0.05, 0.2, 0.5, 0.8, 0.95):
             show(link, -math.log(phi), f"{phi:<4} {-math.log(phi):<6.4}")
-    print("\nWhere people agree the slope is steep: the pair counts.  Where they do not, it is ignored.")
+    print("\nWhere people agree, a pair that the policy gets wrong pulls hard; where they do not, hardly at all.")
 
 
 if __name__ == "__main__":
