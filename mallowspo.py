@@ -86,8 +86,7 @@ def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, we
 
     logp, ref_logp: (B, 2) log-probability (nats) of the chosen and the rejected response under policy and
     reference, summed over its tokens;  length: (B, 2) how many tokens those are (0 for a missing response, as
-    sft allows);  weight: (B,) of the prompts, without gradient.
-    """
+    sft allows);  weight: (B,) of the prompts, without gradient."""
     length = length.to(logp.dtype).clamp(min=1)
     reward = (logp - method.alpha * ref_logp) / length ** method.eta                    # (B, 2)
     loss = -method.sft * logp[:, 0] / length[:, 0]                                      # (B,)
@@ -154,8 +153,7 @@ def lam_of_votes(votes: Tensor) -> Tensor:
 
     Ours.  The two count as neighbours in the ranking, so that a person is for the chosen one with probability
     1 / (1 + phi) = sigmoid(lam); before any vote phi may be anything from 0 to 1, evenly.  Votes of 1 : 0
-    give a lam of 1.19, 3 : 0 give 1.59 and 2 : 1 give 0.77.
-    """
+    give a lam of 1.19, 3 : 0 give 1.59 and 2 : 1 give 0.77."""
     lam = (torch.arange(8192, dtype=torch.float64) + 0.5) / 200                         # 0 to 41, midpoints
     kinds, place = votes.double().cpu().reshape(-1, 2).unique(dim=0, return_inverse=True)
     people, against = kinds.sum(-1, keepdim=True), kinds[:, 1:]                         # (kinds, 1)
