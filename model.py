@@ -475,25 +475,23 @@ class Transformer(nn.Module):
         rope = None if self.config.rope is None else self._rotations(at)        # cos and sin, (B, 1, T, R/2)
         if self.position is not None:
             x = x + self.position(at)                                # (B, T, C)
-        again, kernels = self.checkpointed and torch.is_grad_enabled(), {}
+
+        def masked(segments, window=None):
+            if self.flex and caches is None:
+                return partial(self.flex, block_mask=attention_blocks(segments, positions, window))
+            dtype = self.precision(tokens.device)
+            return partial(attend, tiles=attention_tiles(segments, positions, tokens.size(1), dtype, window))
+
+        far = near = attend if segments is None else masked(segments)
+        if self.config.sliding and positions.size(1) > self.config.window:
+            near = masked(torch.zeros_like(positions) if segments is None else segments, self.config.window)
+        again = self.checkpointed and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
-            sliding = i in self.config.sliding and positions.size(1) > self.config.window
-            if sliding not in kernels:                               # at most two, shared by the layers
-                kernels[sliding] = self._kernel(tokens, positions, segments, caches, sliding)
+            cache = caches[i] if caches else None
             asked = source if block is self.blocks[-1] else None
-            x = call(x, rope, kernels[sliding], caches[i] if caches else None, asked)                # (B, T, C)
+            x = call(x, rope, near if i in self.config.sliding else far, cache, asked)       # (B, T, C)
         return self.norm(x)
-
-    def _kernel(self, tokens, positions, segments, caches, sliding):
-        if segments is None and not sliding:
-            return attend
-        segments = torch.zeros_like(positions) if segments is None else segments
-        window = self.config.window if sliding else None
-        if self.flex and caches is None:
-            return partial(self.flex, block_mask=attention_blocks(segments, positions, window))
-        dtype = self.precision(tokens.device)
-        return partial(attend, tiles=attention_tiles(segments, positions, tokens.size(1), dtype, window))
 
     def compile_blocks(self) -> None:
         """Compile blocks, one code for all of them, and on a GPU flex_attention.  RuntimeError where torch cannot."""
@@ -799,7 +797,6 @@ class Origin(NamedTuple):
 
 FILES = (".json", ".jinja", ".model", ".txt")     # endings of the files beside the weights that belong to a model
 LONGEST = 1 << 26                                 # bytes of such a file
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
 SIZES = ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions")
@@ -903,10 +900,10 @@ def weight_files(folder: Path, there: dict[str, Path]) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if "model.safetensors" in there:
         return ["model.safetensors"]
-    pickles = [name for name in there if name.endswith(PICKLES)]
+    pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     check(index.name in there or not pickles,
-          f"{folder}: no safetensors there, but {pickles[:1]}; loading a pickle can run any code, so none is read; "
-          "convert it with transformers (from_pretrained, then save_pretrained)")
+          f"{folder}: no safetensors there, only {', '.join(pickles[:1])}: loading a pickle can run any code, "
+          "so none is read; convert it with transformers (from_pretrained, then save_pretrained)")
     check(index.name in there, f"{folder}: neither model.safetensors nor its index there")
     places = read_json(index).get("weight_map")
     check(isinstance(places, dict) and places, f"{index}: has no weight_map from tensors to files")
