@@ -1,19 +1,22 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
-A family of models (GPT-2, Llama, ...) is a row of FAMILIES: a function that reads its config.json and a table of its
-weight names.  Loading and saving read the same table, so what is saved has the names, shapes and dtypes of what was
-loaded; what config.json asks for and is not done here is a row of ONLY.  Training goes through one call, `model(tokens,
-positions, segments, source, target)`: it gives the log-probability of the response tokens only, and holds no more
-logits at a time than a constant.
+    1. Configuration    config.json of each family -> one Config
+    2. Families         how each family names its weights: tables that loading and saving both read
+    3. The transformer  attention over packed rows, the head in slices, the model, sampling
+    4. LoRA             a small trained update beside frozen weights
+    5. Folders          reading and checking what a stranger wrote
+    6. Command line
+
+A new family is a row of FAMILIES, an unsupported setting of config.json a row of ONLY.  Training makes one
+call, model(tokens, positions, segments, source, target): it returns the log-probabilities of the response tokens
+alone, and never holds the logits of a whole batch.
 
     python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
 import argparse
-import importlib
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -27,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +37,11 @@ from torch.utils.checkpoint import checkpoint
 
 class BadModel(ValueError):
     """A checkpoint folder that cannot be used; the message says what was found and what to do."""
+
+
+def check(good: bool, message: str) -> None:
+    if not good:
+        raise BadModel(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -62,7 +69,7 @@ class Config:
     rotary: int = 0                 # leading coordinates of a head that turn with the position
     qk_norm: bool = False           # RMSNorm of each head of q and k
     parallel: bool = False          # the MLP reads what attention reads, not what it gives
-    window: int | None = None       # a token of the layers in `sliding` sees so many positions, its own among them
+    window: int | None = None       # how many positions a token sees in the layers of `sliding`, its own among them
     sliding: Container[int] = ()
 
 
@@ -84,24 +91,24 @@ def llama_config(c: dict) -> Config:
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     rope = {"rope_theta": 10000.0, "original_max_position_embeddings": c.get("max_position_embeddings"), **c}
     rope["rope_type"] = c.get("rope_type") or c.get("type") or "default"
-    if rope["rope_type"] not in ROPE_SCALING:
-        raise BadModel(f"asks for RoPE scaling {rope['rope_type']!r}; known: {', '.join(ROPE_SCALING)}")
+    check(rope["rope_type"] in ROPE_SCALING,
+          f"asks for RoPE scaling {rope['rope_type']!r}; supported: {', '.join(ROPE_SCALING)}")
     window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
                   kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim, hidden=c["intermediate_size"],
                   positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
                   eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), rms=True, gated=True,
                   qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope,
-                  rotary=int(head_dim * float(c.get("partial_rotary_factor", 1))), window=window,
-                  sliding=sliding_layers(c, window))
+                  rotary=int(head_dim * float(c.get("partial_rotary_factor", 1))),
+                  window=window, sliding=sliding_layers(c, window))
 
 
 def sliding_layers(c: dict, window: int | None) -> Container[int]:
     layers, kinds = c["num_hidden_layers"], c.get("layer_types")
     if kinds is None:
         return range(layers if window is None else c.get("max_window_layers", 28), layers)
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise BadModel(f"asks for layer_types={kinds}, not full_ or sliding_attention for each of {layers} layers")
+    check(len(kinds) == layers and set(kinds) <= {"full_attention", "sliding_attention"},
+          f"asks for layer_types={kinds}, not full_ or sliding_attention for each of {layers} layers")
     return [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
 
 
@@ -130,50 +137,39 @@ ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope
 class Family(NamedTuple):
     config: Callable[[dict], Config]
     names: dict[str, tuple[str, ...]]   # their module: our modules, whose weights (and biases) stacked are theirs
-    prefix: str = ""                    # may or may not stand before every name
-    transposed: str = "(?!)"            # modules whose weight is stored (in, out)
-    buffers: str = "(?!)"               # tensors that are no parameters: kept as they are
+    prefix: str = ""                    # of names; old files leave it out
+    transposed: tuple[str, ...] = ()    # how the names of matrices end that are stored (in, out)
+    buffers: tuple[str, ...] = ()       # how the names of tensors end that are not parameters: kept as they are
     by_head: bool = False               # what is stacked takes turns: q, k, v of head 0, q, k, v of head 1, ...
 
-    def find(self, name: str, layers: int) -> tuple[list[str], bool] | None:
-        """Our parameters behind their tensor `name`, and whether it is stored transposed."""
-        module, _, leaf = name.removeprefix(self.prefix).rpartition(".")
-        layer = re.search(r"(?<=\.)\d+(?=\.)", module)
-        pattern = module.replace(f".{layer[0]}.", ".{}.", 1) if layer and int(layer[0]) < layers else module
-        if pattern not in self.names or leaf not in ("weight", "bias"):
-            return None
-        ours = [f"{each.format(layer and layer[0])}.{leaf}" for each in self.names[pattern]]
-        return ours, leaf == "weight" and bool(re.search(self.transposed, module))
-
-    def all_names(self, config: Config) -> list[str]:
-        """Their name of every weight of a model that is made, not loaded."""
-        *body, head = self.names
-        names = [f"{self.prefix}{pattern.format(i)}.{leaf}" for pattern in body
-                 for i in range(config.layers if "{}" in pattern else 1) for leaf in ("weight", "bias")]
-        return names if config.tied else [*names, f"{head}.weight"]
+    def parts(self, layers: int) -> dict[str, list[str]]:
+        """Their name of each tensor that a model of so many layers can have: our parameters stacked in it."""
+        return {f"{theirs.format(i)}.{leaf}": [f"{module.format(i)}.{leaf}" for module in ours]
+                for theirs, ours in self.names.items() for i in range(layers) for leaf in ("weight", "bias")}
 
 
+QKV = ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v")
 GPT2_NAMES = {
-    "wte": ("embed",),
-    "wpe": ("position",),
-    "h.{}.ln_1": ("blocks.{}.norm1",),
-    "h.{}.attn.c_attn": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v"),
-    "h.{}.attn.c_proj": ("blocks.{}.attn.out",),
-    "h.{}.ln_2": ("blocks.{}.norm2",),
-    "h.{}.mlp.c_fc": ("blocks.{}.mlp.up",),
-    "h.{}.mlp.c_proj": ("blocks.{}.mlp.down",),
-    "ln_f": ("norm",),
+    "transformer.wte": ("embed",),
+    "transformer.wpe": ("position",),
+    "transformer.h.{}.ln_1": ("blocks.{}.norm1",),
+    "transformer.h.{}.attn.c_attn": QKV,
+    "transformer.h.{}.attn.c_proj": ("blocks.{}.attn.out",),
+    "transformer.h.{}.ln_2": ("blocks.{}.norm2",),
+    "transformer.h.{}.mlp.c_fc": ("blocks.{}.mlp.up",),
+    "transformer.h.{}.mlp.c_proj": ("blocks.{}.mlp.down",),
+    "transformer.ln_f": ("norm",),
     "lm_head": ("head",),
 }
 NEOX_NAMES = {
-    "embed_in": ("embed",),
-    "layers.{}.input_layernorm": ("blocks.{}.norm1",),
-    "layers.{}.attention.query_key_value": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v"),
-    "layers.{}.attention.dense": ("blocks.{}.attn.out",),
-    "layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
-    "layers.{}.mlp.dense_h_to_4h": ("blocks.{}.mlp.up",),
-    "layers.{}.mlp.dense_4h_to_h": ("blocks.{}.mlp.down",),
-    "final_layer_norm": ("norm",),
+    "gpt_neox.embed_in": ("embed",),
+    "gpt_neox.layers.{}.input_layernorm": ("blocks.{}.norm1",),
+    "gpt_neox.layers.{}.attention.query_key_value": QKV,
+    "gpt_neox.layers.{}.attention.dense": ("blocks.{}.attn.out",),
+    "gpt_neox.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
+    "gpt_neox.layers.{}.mlp.dense_h_to_4h": ("blocks.{}.mlp.up",),
+    "gpt_neox.layers.{}.mlp.dense_4h_to_h": ("blocks.{}.mlp.down",),
+    "gpt_neox.final_layer_norm": ("norm",),
     "embed_out": ("head",),
 }
 LLAMA_NAMES = {
@@ -193,15 +189,17 @@ LLAMA_NAMES = {
     "lm_head": ("head",),
 }
 FAMILIES = {                            # model_type of config.json
-    "gpt2": Family(gpt2_config, GPT2_NAMES, "transformer.", r"\.c_(attn|proj|fc)$", r"\.attn\.(masked_)?bias$"),
+    "gpt2": Family(gpt2_config, GPT2_NAMES, "transformer.",
+                   transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight"),
+                   buffers=(".attn.bias", ".attn.masked_bias")),
     "gpt_neox": Family(neox_config, NEOX_NAMES, "gpt_neox.", by_head=True,
-                       buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"),
-    "llama": Family(llama_config, LLAMA_NAMES, buffers=r"\.rotary_emb\.inv_freq$"),
+                       buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")),
+    "llama": Family(llama_config, LLAMA_NAMES, buffers=(".rotary_emb.inv_freq",)),
     "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0}), LLAMA_NAMES),
     "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False), LLAMA_NAMES),
     "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True), LLAMA_NAMES),
 }
-ONLY = {                                # settings of config.json of which this one value is done here
+ONLY = {                                # settings of config.json of which only this value is supported
     "every": {"quantization_config": None, "num_experts": None, "num_local_experts": None, "is_encoder_decoder": False,
               "attn_logit_softcapping": None, "final_logit_softcapping": None, "add_cross_attention": False,
               "full_attention": None, "sliding_attention": None},    # (in rope_parameters: rotations by kind of layer)
@@ -216,11 +214,11 @@ ONLY = {                                # settings of config.json of which this 
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The transformer
 
-TILE = 512         # queries of one call of attention on a CPU
-BLOCK = 128        # queries, and keys, that flex_attention passes over or takes together
+TILE = 512         # queries per call of attention on a CPU
+BLOCK = 128        # queries, and keys, that flex_attention skips or takes together
 CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 KEPT = 2 ** 26     # logits that are kept for the backward pass
-BRANCHES = 16      # a segment id is group * BRANCHES + branch; branch 0 is the prompt, 1.. are responses to it
+BRANCHES = 16      # segment id = group * BRANCHES + branch, branch 0 is the prompt; an argument of data.collate
 torch.backends.cuda.enable_cudnn_sdp(False)    # it builds code for each length of a row, and for each new token
 
 
@@ -231,65 +229,72 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
 
 def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.dtype = torch.float32,
                     window: int | None = None) -> list[tuple[int, slice, Tensor]]:
-    """What the last `new` of the tokens see, by the (B, S) segment ids and positions of all, no further back than the
-    window: how many queries come next, the keys among which they see any, and what is added to their scores,
-    (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no empty row.
+    """What the last `new` tokens see, by the (B, S) segment ids and positions of all, no further than the window.
 
-    A GPU takes a row whole; a CPU by groups, short ones together, long ones TILE queries at a time: no attention is
-    computed between neighbours, nor for what is yet to come.
-    """
-    total, size, cuts, tiles, unit = segments.size(1), new, [0], [], 8     # a GPU's kernel copies masks of other widths
+    A tile is: how many queries come next, the keys among which they see any, and the mask to add to their scores,
+    (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no row of scores is empty.
+    A GPU takes a row whole.  A CPU takes it by groups, short ones together, long ones TILE queries at a time:
+    it computes no attention between neighbours, nor to what is yet to come."""
+    total, cuts, size, unit = segments.size(1), [0], new, 8
     if segments.device.type == "cpu":
-        group, size, unit = segments // BRANCHES, TILE, 1
+        size, unit = TILE, 1                                         # (8: a GPU would copy masks of other widths)
+        group = segments // BRANCHES
         for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
-            cuts += [edge] * (edge - cuts[-1] >= TILE // 4)
-    for start, stop in zip(cuts, [*cuts[1:], total]):
+            if edge - cuts[-1] >= TILE // 4:
+                cuts.append(edge)
+    tiles = []
+    for start, stop in itertools.pairwise([*cuts, total]):
         for at in range(max(start, total - new), stop, size):
             end = min(at + size, stop)
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
             if window:
                 seen &= positions[:, at:end, None] < positions[:, None, start:end] + window
-            mask = torch.zeros(*seen.shape[:2], -((start - end) // unit) * unit, dtype=dtype, device=seen.device)
-            mask = mask[..., :end - start].masked_fill_(~seen, -torch.inf)
-            tiles.append((end - at, slice(start, end), mask[:, None]))
+            width = -(-(end - start) // unit) * unit                 # rounded up
+            mask = torch.zeros(*seen.shape[:2], width, dtype=dtype, device=seen.device)[..., :end - start]
+            tiles.append((end - at, slice(start, end), mask.masked_fill_(~seen, -torch.inf)[:, None]))
     return tiles
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gqa: bool = False) -> Tensor:
     """Attention of q, (B, H, T, D), to k and v, (B, KV, S, D), tile by tile; without tiles to all earlier tokens."""
-    causal = tiles is None and q.size(2) > 1                         # one new token sees all that is cached
-    if enable_gqa and q.device.type != "cpu":                        # else most GPUs would make all scores, at once
-        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-        enable_gqa = False
-    counts, spans, masks = zip(*(tiles or [(q.size(2), slice(0, k.size(2)), None)]))
-    ends = [0, *(span.stop for span in spans)]
-    if ends == [*(span.start for span in spans), k.size(2)]:         # side by side: a split is cheaper to differentiate
-        ks, vs = (x.split([b - a for a, b in itertools.pairwise(ends)], 2) for x in (k, v))
+    if enable_gqa and q.device.type != "cpu":                        # else most GPUs make all scores at once
+        groups, enable_gqa = q.size(1) // k.size(1), False
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if tiles is None:                                                # one new token sees all that is cached
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=enable_gqa)
+    counts, spans, masks = zip(*tiles)
+    starts, stops = [span.start for span in spans], [span.stop for span in spans]
+    if [0, *stops] == [*starts, k.size(2)]:                          # side by side: splits have the cheaper backward
+        lengths = [stop - start for start, stop in zip(starts, stops)]
+        keys, values = k.split(lengths, 2), v.split(lengths, 2)
     else:
-        ks, vs = ([x[:, :, span] for span in spans] for x in (k, v))
-    y = [F.scaled_dot_product_attention(*each, is_causal=causal, enable_gqa=enable_gqa)
-         for each in zip(q.split(counts, 2), ks, vs, masks)]
-    return torch.cat(y, 2) if y[1:] else y[0]                        # (B, H, T, D)
+        keys, values = [k[:, :, span] for span in spans], [v[:, :, span] for span in spans]
+    y = [F.scaled_dot_product_attention(*each, is_causal=False, enable_gqa=enable_gqa)
+         for each in zip(q.split(counts, 2), keys, values, masks)]
+    return torch.cat(y, 2) if len(y) > 1 else y[0]                   # (B, H, T, D)
 
 
 def attention_blocks(segments: Tensor, positions: Tensor, window: int | None = None) -> BlockMask:
-    """What all tokens see, for flex_attention: it passes over blocks of scores of which none is seen, and asks `seen`
-    about those of which not all are.  Found by the ends of each block: segment ids must rise along the row."""
-    segments, positions, total, window = segments.int(), positions.int(), segments.size(1), window or 2 ** 30
+    """What all tokens see, for flex_attention: it skips blocks of scores of which none is seen, and asks `seen` about
+    those of which not all are.  Found by the ends of each block: segment ids must rise along the row."""
+    segments, positions = segments.int(), positions.int()
+    total, window = segments.size(1), window or 2 ** 30
     gone = positions - window                                        # (B, S) the last that is too far away
 
     def seen(b, _, q, k):
         return visible(segments[b, q], segments[b, k]) & (k <= q) & (positions[b, k] > gone[b, q])
 
     def listed(blocks):                                              # how many keys' (B, 1, N), and which (B, 1, N, N)
-        return blocks.sum(-1)[:, None].int(), blocks.int().argsort(dim=-1, descending=True, stable=True)[:, None].int()
+        which = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1)[:, None].int(), which[:, None].int()
 
     ids = F.pad(torch.stack([segments, positions]), (0, -total % BLOCK), value=2 ** 30).unflatten(2, (-1, BLOCK))
-    (low, first), (high, last) = ids.amin(3, keepdim=True), ids.amax(3, keepdim=True)         # (B, N, 1)
-    ends, start = high.mT, torch.maximum(low, high // BRANCHES * BRANCHES).mT                 # (B, 1, N) of keys
+    (low, first), (high, last) = ids.amin(3, keepdim=True), ids.amax(3, keepdim=True)        # (B, N, 1) each
+    ends, start = high.mT, torch.maximum(low, high // BRANCHES * BRANCHES).mT                # (B, 1, N) of keys
     some = (visible(low, ends) | visible(low, start)) & (first - last.mT < window)           # (B, N, N)
+    some = some.tril(-1) | torch.eye(ends.size(2), dtype=torch.bool, device=ends.device)
     whole = visible(low, ends) & visible(high, low.mT) & (low == high).mT & (last - first.mT < window)
-    some, whole = some.tril(-1) | torch.eye(ends.size(2), dtype=torch.bool, device=ends.device), whole.tril(-1)
+    whole = whole.tril(-1)
     return BlockMask.from_kv_blocks(*listed(some & ~whole), *listed(whole), BLOCK, seen, (total, total))
 
 
@@ -302,15 +307,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Cache:
     """Keys and values of the tokens so far, of one attention layer."""
-
-    def __init__(self):
-        self.kept = None
+    k = v = None                                                     # (B, KV, S, D)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kept, (k, v)))
-        self.kept = k, v
-        return self.kept
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v = k, v
+        return k, v
 
 
 class Attention(nn.Module):
@@ -321,13 +324,15 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None for _ in "qk")
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None
 
     def forward(self, x, rope):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for f in (self.q, self.k, self.v))                # (B, H, T, D), k and v (B, KV, T, D)
-        if self.q_norm is not None:                                  # in float32 under autocast, like the other norms
-            q, k = (f(x.to(f.weight.dtype)).to(v.dtype) for f, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for project in (self.q, self.k, self.v))          # (B, H, T, D), k and v (B, KV, T, D)
+        if self.q_norm is not None:                                  # in float32 under autocast, as other norms
+            wide = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(wide)).to(v.dtype), self.k_norm(k.to(wide)).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         return q, k, v
@@ -360,7 +365,8 @@ class Block(nn.Module):
         y = attend(q, k, v, enable_gqa=self.grouped)                 # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)                             # (B, T, H*D)
         if source is not None:                                       # of the last block only these are asked for
-            x, y = (t.flatten(0, 1).index_select(0, source)[None] for t in (x, y))     # (1, N, C), (1, N, H*D)
+            x = x.flatten(0, 1).index_select(0, source)[None]        # (1, N, C)
+            y = y.flatten(0, 1).index_select(0, source)[None]        # (1, N, H*D)
         return self.after(x, y)                                      # (B, T, C)
 
     def before(self, x, rope):
@@ -390,13 +396,16 @@ class Head(torch.autograd.Function):
             if entropy:
                 torch.sum(logits.mul_(p), -1, out=inside[i])
             room -= p.numel()
-            ctx.kept += [p] * (room >= 0)
+            if room >= 0:
+                ctx.kept.append(p)
         log_z = (top + mass.log()).double().logsumexp(0)             # (N,) sums of sums are few: in float64
         lead = log_z - top                                           # (S, N)
-        entropies = ((mass * lead - inside) * lead.neg().exp()).sum(0).to(exact) if entropy else None
+        entropies = None
+        if entropy:
+            entropies = ((mass * lead - inside) * lead.neg().exp()).sum(0).to(exact)         # (N,)
+            ctx.mark_non_differentiable(entropies)
         ctx.width, log_z = width, log_z.to(exact)
         ctx.save_for_backward(x, weight, target, log_z, top)
-        ctx.mark_non_differentiable(*[entropies] * entropy)
         return (x.to(exact) * weight[target]).sum(-1) - log_z, entropies
 
     @staticmethod
@@ -406,10 +415,11 @@ class Head(torch.autograd.Function):
         down = x * -up                                               # (N, C)
         dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), sums of many slices: in float32
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        kept, ctx.kept = ctx.kept[::-1], []                          # each goes when it was used
-        for at, top in zip(range(0, len(weight), ctx.width), tops[:, :, None]):                  # (N, 1)
+        kept, ctx.kept = ctx.kept[::-1], []                          # each is freed after its use
+        for at, top in zip(range(0, len(weight), ctx.width), tops[:, :, None]):              # (N, 1)
             w = weight[at:at + ctx.width]                            # (width, C)
-            p = (kept.pop() if kept else F.linear(x, w).to(log_z.dtype).sub_(top).exp_()).to(x.dtype)
+            p = kept.pop() if kept else F.linear(x, w).to(log_z.dtype).sub_(top).exp_()
+            p = p.to(x.dtype)                                        # (N, width)
             share = (top - log_z[:, None]).exp()                     # (N, 1); share * p: the probabilities
             dx += share * (p @ w)
             if dw is not None:
@@ -420,7 +430,9 @@ class Head(torch.autograd.Function):
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table."""
+    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table.
+    Autograd makes two: at a vocabulary of 128,256 that is 14 to 17 % more memory at the peak (1,396 to 1,420 MB, not
+    1,215; tests/bench.py), at 32,000 the same."""
 
     @staticmethod
     def forward(ctx, table, ids):
@@ -455,32 +467,30 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None, x=None,
                source: Tensor | None = None) -> Tensor:
-        """(B, T) tokens, or what they look up, (B, T, C) -> (B, T, C), or of those at `source` (N,) alone (1, N, C).
-
-        positions and segments, (B, S), are also those of the cached tokens; without segments all is one text.
-        """
-        x = self.embed(tokens) if x is None else x                   # (B, T) -> (B, T, C)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums of many layers are never in half precision
-        new, window, sliding = tokens.size(1), self.config.window, self.config.sliding
-        at, rope, dtype = positions[:, -new:], None, self.precision(tokens.device)                 # (B, T)
+        """(B, T) tokens, or x, what they look up, (B, T, C) -> (B, T, C), or (1, N, C) of those at `source` (N,) alone.
+        positions and segments, (B, S), are also those of the cached tokens; without segments all is one text."""
+        x = self.embed(tokens) if x is None else x                   # (B, T, C)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums of many layers: not in half precision
+        at = positions[:, -tokens.size(1):]                          # (B, T)
+        rope = None if self.config.rope is None else self._rotations(at)        # cos and sin, (B, 1, T, R/2)
         if self.position is not None:
             x = x + self.position(at)                                # (B, T, C)
-        else:
-            rope = self._rotations(at)                               # cos and sin, (B, 1, T, R/2)
 
-        def seeing(segments, window=None):
+        def masked(segments, window=None):
             if self.flex and caches is None:
                 return partial(self.flex, block_mask=attention_blocks(segments, positions, window))
-            return partial(attend, tiles=attention_tiles(segments, positions, new, dtype, window))
+            dtype = self.precision(tokens.device)
+            return partial(attend, tiles=attention_tiles(segments, positions, tokens.size(1), dtype, window))
 
-        far = near = attend if segments is None else seeing(segments)
-        if sliding and positions.size(1) > window:
-            near = seeing(torch.zeros_like(positions) if segments is None else segments, window)
+        far = near = attend if segments is None else masked(segments)
+        if self.config.sliding and positions.size(1) > self.config.window:
+            near = masked(torch.zeros_like(positions) if segments is None else segments, self.config.window)
         again = self.checkpointed and torch.is_grad_enabled()
-        for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks))):
+        for i, block in enumerate(self.blocks):
             call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+            cache = caches[i] if caches else None
             asked = source if block is self.blocks[-1] else None
-            x = call(x, rope, near if i in sliding else far, cache, asked)                         # (B, T, C)
+            x = call(x, rope, near if i in self.config.sliding else far, cache, asked)       # (B, T, C)
         return self.norm(x)
 
     def compile_blocks(self) -> None:
@@ -488,13 +498,14 @@ class Transformer(nn.Module):
         device = self.embed.weight.device
         torch.compile(torch.square)(torch.ones(2, device=device))   # what is missing is missed here
         self.compiled = True
-        torch._dynamo.config.optimize_ddp = False                   # these graphs are parts of blocks: no need to cut
-        torch._dynamo.config.recompile_limit = 32                   # rows of tens and of thousands of tokens differ
+        torch._dynamo.config.optimize_ddp = False                   # graphs are parts of blocks: no need to cut
+        torch._dynamo.config.recompile_limit = 32                   # for rows of tens and of thousands of tokens
         if device.type == "cuda" and self.config.head_dim >= 16:    # (its least)
             flex = torch.compile(flex_attention, dynamic=True)
-            self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})         # not that of texts below 128 tokens
+            self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})     # (another is for texts below 128)
         for block in self.blocks:
-            block.before, block.after = (torch.compile(part, dynamic=True) for part in (block.before, block.after))
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
 
     def precision(self, device: torch.device) -> torch.dtype:
         """What matrices are multiplied in."""
@@ -502,9 +513,9 @@ class Transformer(nn.Module):
         return torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype
 
     def _rotations(self, positions):
+        rope = self.config.rope
         exponent = torch.arange(0, self.config.rotary, 2, device=positions.device) / self.config.rotary
-        frequencies = ROPE_SCALING[self.config.rope["rope_type"]](
-            self.config.rope["rope_theta"] ** -exponent, self.config.rope)                  # (R/2)
+        frequencies = ROPE_SCALING[rope["rope_type"]](rope["rope_theta"] ** -exponent, rope)         # (R/2)
         angles = positions[:, None, :, None] * frequencies           # (B, 1, T, R/2)
         return angles.cos(), angles.sin()
 
@@ -515,18 +526,19 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor, source: Tensor, target: Tensor,
                 entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(N,) float32 log-probability of each scored token and, if asked for, (N,) entropy in nats of what
-        the model expected there.
+        """(N,) float32 log-probability of each scored token and, if asked for, the (N,) entropy in nats there.
 
         tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
-        from the hidden state at source[i] (N,), an index into the B*T tokens.
-        """
-        dtype = self.precision(tokens.device)
-        x, weight = Lookup.apply(self.embed.weight, tokens) if self.config.tied else (None, self.head.weight)
-        x = self.hidden(tokens, positions, segments, x=x, source=source).squeeze(0)                # (N, C)
-        width = max(256, (self.chunk or CHUNK[tokens.device.type]) // (64 * max(1, len(target))) * 64)    # aligned
-        weight = weight.to(dtype) if torch.is_grad_enabled() else weight.detach().to(dtype)    # or Head keeps logits
-        return Head.apply(x.to(dtype), weight, target, width, entropy)
+        from the hidden state at source[i] (N,), an index into the B*T tokens."""
+        x, weight = None, self.head.weight
+        if self.config.tied:
+            x, weight = Lookup.apply(self.embed.weight, tokens)
+        x = self.hidden(tokens, positions, segments, x=x, source=source).squeeze(0)                  # (N, C)
+        chunk, dtype = self.chunk or CHUNK[tokens.device.type], self.precision(tokens.device)
+        width = max(256, chunk // (64 * max(1, len(target))) * 64)   # words per slice, aligned
+        if not torch.is_grad_enabled():
+            weight = weight.detach()                                 # else Head would keep logits
+        return Head.apply(x.to(dtype), weight.to(dtype), target, width, entropy)
 
     def predict(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None) -> Tensor:
         """(B, V) logits of what follows the last tokens; arguments as of `hidden`."""
@@ -536,22 +548,23 @@ class Transformer(nn.Module):
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                  stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None
                  ) -> Iterator[list[int | None]]:
-        """Yield a sampled token id for every prompt, again and again; None after a token of `stop` (not yielded) or the
-        last position; temperature 0: greedy.  A prompt must hold a token at least, and draws from its own generator:
+        """Yield a sampled token id for every prompt, again and again; None from a token of `stop` or the last
+        position on.  temperature 0: greedy.  A prompt must hold a token at least, and draws from its own generator:
         what follows it does not depend on the others."""
-        device, longest, last = self.embed.weight.device, max(map(len, prompts)), self.config.positions - 1
-        pad = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)         # (B, 1)
+        device, last = self.embed.weight.device, self.config.positions - 1
+        lengths, caches = [len(ids) for ids in prompts], [Cache() for _ in self.blocks]
+        longest, tokens = max(lengths), [0] * len(prompts)
+        pad = torch.tensor([[longest - n] for n in lengths], device=device)                          # (B, 1)
         new = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)     # (B, T)
-        caches, tokens, ragged = [Cache() for _ in self.blocks], [0] * len(prompts), longest > min(map(len, prompts))
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
             at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
-            segments = (at < 0) * BRANCHES if ragged else None       # padding: another group
-            logits = self.predict(new, at.clamp(0, last), segments, caches).float().cpu()              # (B, V)
-            for i, ids in enumerate(prompts):
-                if tokens[i] is not None:
+            segments = (at < 0) * BRANCHES if min(lengths) < longest else None      # padding: another group
+            logits = self.predict(new, at.clamp(0, last), segments, caches).float().cpu()            # (B, V)
+            for i, token in enumerate(tokens):
+                if token is not None:
                     token = sample(logits[i], temperature, top_p, generators and generators[i])
-                    tokens[i] = token if token not in stop and len(ids) + step <= last else None
-            if tokens == [None] * len(prompts):
+                    tokens[i] = token if token not in stop and lengths[i] + step <= last else None
+            if all(token is None for token in tokens):
                 return
             yield tokens.copy()
             new = torch.tensor([[token or 0] for token in tokens], device=device)
@@ -576,52 +589,54 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        names = [name for name in family.all_names(config) if family.find(name, config.layers)[0][0] in parameters]
-        model.origin = Origin(family, {"config.json": json.dumps(settings, indent=2).encode(), **(files or {})},
-                              {name: ("model.safetensors", torch.float32) for name in names}, {}, {})
-        model.stop_tokens = end_tokens(model.origin.files, config.vocab_size)
+        parts, parameters = family.parts(config.layers), dict(model.named_parameters())      # (no tied head)
+        tensors = {name: ("model.safetensors", torch.float32)
+                   for name, ours in parts.items() if ours[0] in parameters}
+        files = {"config.json": json.dumps(settings, indent=2).encode(), **(files or {})}
+        model.origin = Origin(family, files, tensors, {}, {}, parts)
+        model.stop_tokens = end_tokens(files, config.vocab_size)
         return model
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32, shard: Callable | None = None) -> "Transformer":
-        """Read a Hugging Face folder (config.json and safetensors); matrices become `dtype`, the rest float32.
+        """Read a Hugging Face folder (config.json, safetensors); matrices become `dtype`, the rest float32.
 
         shard(model) may share the parameters of the still empty model out over ranks (FSDP2's fully_shard).
-        Raises BadModel, naming the file or tensor: unknown family, pickles, missing, left-over or misshapen tensors.
-        """
+        Raises BadModel, naming the file or tensor: unknown family, pickles, missing or misshapen tensors."""
         origin, config, tensors = read_folder(Path(folder))
         with torch.device("meta"):
             model = cls(config)
         if shard:
             shard(model)
-        model.origin, model.stop_tokens = origin, end_tokens(origin.files, config.vocab_size, Path(folder))
-        places, have = dict(model.named_parameters(remove_duplicate=False)), {}
-        shapes = {name: p.shape for name, p in places.items()}
+        model.origin = origin
+        model.stop_tokens = end_tokens(origin.files, config.vocab_size, Path(folder))
+        have, places = {}, dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in tensors:
-            ours, transposed = origin.family.find(name, config.layers) or ([], False)
-            if not ours or ours[0] not in shapes or ours[0] in have:
-                raise BadModel(f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model of "
-                               f"{config.layers} layers, or shares it; is config.json that of another one?")
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                raise BadModel(f"{folder}: tensor {name!r} is of {tensor.dtype}, quantised weights are not done here")
-            tensor = tensor.t() if transposed and tensor.dim() == 2 else tensor
-            sizes = [shapes[p][0] for p in ours]
-            if tensor.shape != (sum(sizes), *shapes[ours[0]][1:]):
-                raise BadModel(f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for "
-                               f"{(sum(sizes), *shapes[ours[0]][1:])}" + " (transposed)" * transposed)
+            ours = origin.parts.get(name, ["none"])
+            check(ours[0] in places and ours[0] not in have,
+                  f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model of "
+                  f"{config.layers} layers, or shares it; is config.json that of another one?")
+            check(tensor.dtype in FLOATS,
+                  f"{folder}: tensor {name!r} is of {tensor.dtype}, quantised weights are not supported")
+            sizes = [places[p].shape[0] for p in ours]
+            shape, transposed = (sum(sizes), *places[ours[0]].shape[1:]), name.endswith(origin.family.transposed)
+            shape = shape[::-1] if transposed else shape
+            check(tensor.shape == shape,
+                  f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for {shape}")
+            tensor = tensor.t() if transposed else tensor
             if origin.family.by_head and len(ours) > 1:
                 tensor = take_turns(tensor, config.heads, len(ours))
             for p, part in zip(ours, tensor.split(sizes)):
-                have[p] = to_shard(part.to(device, dtype if part.dim() > 1 else torch.float32).contiguous(), places[p])
-        if config.tied and have.keys() & {"embed.weight", "head.weight"}:
+                part = part.to(device, dtype if part.dim() > 1 else torch.float32)
+                have[p] = to_shard(part.contiguous(), places[p])
+        if config.tied and ("embed.weight" in have or "head.weight" in have):
             embed = have.setdefault("embed.weight", have.get("head.weight"))
-            if not torch.equal(embed, have.setdefault("head.weight", embed)):
-                raise BadModel(f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
-        missing = sorted(shapes.keys() - have.keys())
-        if missing:
-            raise BadModel(f"{folder}: no tensor for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}")
+            head = have.setdefault("head.weight", embed)
+            check(torch.equal(embed, head),
+                  f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
+        missing = sorted(places.keys() - have.keys())
+        check(not missing, f"{folder}: no tensor for {len(missing)} weights, such as {', '.join(missing[:3])}")
         model.load_state_dict(have, assign=True)
         if config.tied:
             model.head.weight = model.embed.weight
@@ -629,21 +644,21 @@ class Transformer(nn.Module):
 
     def to_hf(self, name: str) -> Tensor:
         """A tensor of the folder by the name it has there."""
-        if name in self.origin.buffers:
-            return self.origin.buffers[name]
-        family = self.origin.family
-        ours, transposed = family.find(name, self.config.layers)
-        stacked = torch.cat([self.merged_weight(p) for p in ours])
-        if family.by_head and len(ours) > 1:
-            stacked = take_turns(stacked, len(ours), self.config.heads)
-        return (stacked.t() if transposed else stacked).to(self.origin.tensors[name][1], copy=True).contiguous()
+        origin = self.origin
+        if name in origin.buffers:
+            return origin.buffers[name]
+        ours = origin.parts[name]
+        tensor = torch.cat([self.merged_weight(p) for p in ours])
+        if origin.family.by_head and len(ours) > 1:
+            tensor = take_turns(tensor, len(ours), self.config.heads)
+        tensor = tensor.t() if name.endswith(origin.family.transposed) else tensor
+        return tensor.to(origin.tensors[name][1], copy=True).contiguous()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder that from_pretrained read, with these weights: same files, tensor names, shapes, dtypes.
+        """Write the folder that from_pretrained read, with these weights: same files, names, shapes, dtypes.
 
-        Everything is written beside its place, forced to the disk and then renamed: no file is ever half written.
-        Ranks that share the weights out must all ask for each of origin.tensors as `to_hf`, in their order.
-        """
+        Everything is written beside its place, forced to the disk, then renamed: no file is ever half written.
+        Ranks that share the weights out must all ask for each of origin.tensors as `to_hf`, in their order."""
         folder, origin = Path(folder), self.origin
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
@@ -651,7 +666,7 @@ class Transformer(nn.Module):
         for file in dict.fromkeys(file for file, _ in origin.tensors.values()):
             tensors = {name: self.to_hf(name) for name, (where, _) in origin.tensors.items() if where == file}
             save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
-            (staging / file).chmod(0o644)                            # safetensors leaves it readable by its owner only
+            (staging / file).chmod(0o644)                            # safetensors makes it for its owner only
         for name, content in origin.files.items():
             (staging / name).write_bytes(content)
         for path in staging.iterdir():
@@ -688,11 +703,9 @@ def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:
 
 def fsync(path: Path) -> None:
     """Return when a file's content, or a folder's list of names, is on the disk and not only on its way there."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    number = os.open(path, os.O_RDONLY)                              # (open() takes no folders)
+    os.fsync(number)
+    os.close(number)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
@@ -712,9 +725,7 @@ TARGETS = ("q", "k", "v", "out", "gate", "up", "down")      # the projections of
 
 class LowRank(nn.Linear):
     """A frozen projection and a trained update of low rank:  W x + (alpha / rank) B A x  (arXiv 2106.09685).
-
-    B starts at 0, so that the model is at first the one that was loaded, to the last bit.
-    """
+    B starts at 0, so that the model is at first the one that was loaded, to the last bit."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
@@ -733,37 +744,37 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ..
     model.requires_grad_(False)
     for block in model.blocks:
         for part in (block.attn, block.mlp):
-            for name, base in [(n, m) for n, m in part.named_children() if n in targets]:
-                setattr(part, name, LowRank(base, rank, alpha, generator))
+            for name, base in list(part.named_children()):
+                if name in targets:
+                    setattr(part, name, LowRank(base, rank, alpha, generator))
 
 
 def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
     """Write the updates as PEFT does: adapter_model.safetensors and adapter_config.json; `base` names the model.
-
-    Where a family stores several of our projections in one, its update has the sum of their ranks: A is stacked, and
-    each B has its own rows and columns.
-    """
+    Where a family stacks several of our projections, its update has the sum of their ranks: A is stacked, and each B
+    has its own rows and columns."""
     folder, family, modules = Path(folder), model.origin.family, dict(model.named_modules())
     tensors, ranks = {}, {}
-    for pattern, ours in family.names.items():
-        for i in range(model.config.layers):
-            parts = [modules[o.format(i)] for o in ours if "{}" in o and o.format(i) in modules]
-            updates = [part for part in parts if isinstance(part, LowRank)]
-            if updates:
-                name = f"base_model.model.{family.prefix}{pattern.format(i)}"
-                tensors[f"{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
-                b = torch.block_diag(*(part.B if part in updates else part.weight.new_zeros(part.out_features, 0)
-                                       for part in parts))
-                turns = family.by_head and len(parts) > 1
-                tensors[f"{name}.lora_B.weight"] = take_turns(b, len(parts), model.config.heads) if turns else b
-                ranks[pattern.partition("{}.")[2]] = sum(part.A.size(0) for part in updates)
+    for name, ours in family.parts(model.config.layers).items():
+        parts = [modules.get(each.removesuffix(".weight")) for each in ours]
+        updates = [part for part in parts if isinstance(part, LowRank)]
+        if updates:
+            name = name.removesuffix(".weight")
+            b = torch.block_diag(*(part.B if part in updates else part.weight.new_zeros(part.out_features, 0)
+                                   for part in parts))
+            if family.by_head and len(parts) > 1:
+                b = take_turns(b, len(parts), model.config.heads)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+            leaf = name.split(".", 3)[3]                             # model.layers.0.mlp.up_proj -> mlp.up_proj
+            ranks[leaf] = sum(part.A.size(0) for part in updates)
     update = next(module for module in modules.values() if isinstance(module, LowRank))
     rank = update.A.size(0)
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
                 "r": rank, "lora_alpha": update.scale * rank, "lora_dropout": 0.0, "target_modules": sorted(ranks),
                 "rank_pattern": {leaf: r for leaf, r in ranks.items() if r != rank},
                 "alpha_pattern": {leaf: update.scale * r for leaf, r in ranks.items() if r != rank},
-                "fan_in_fan_out": any(re.search(family.transposed, leaf) for leaf in ranks)}
+                "fan_in_fan_out": any(f".{leaf}.weight".endswith(family.transposed) for leaf in ranks)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -772,51 +783,54 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. Reading a folder
+# 5. Folders: reading and checking what a stranger wrote
 
 class Origin(NamedTuple):
     """What a folder held besides the numbers, so that saving can give it back."""
     family: Family
     files: dict[str, bytes]                       # config, tokenizer, index: copied as they are
     tensors: dict[str, tuple[str, torch.dtype]]   # name: (file, dtype)
-    buffers: dict[str, Tensor]                    # tensors that are no parameters
+    buffers: dict[str, Tensor]                    # tensors that are not parameters
     metadata: dict[str, dict]                     # of each safetensors file
+    parts: dict[str, list[str]]                   # name: our parameters that are stacked in it
 
 
-FILES = (".json", ".jinja", ".model", ".txt")      # files beside the weights that belong to a model
+FILES = (".json", ".jinja", ".model", ".txt")     # endings of the files beside the weights that belong to a model
 LONGEST = 1 << 26                                 # bytes of such a file
-DROPOUTS = "attn_pdrop resid_pdrop embd_pdrop attention_dropout hidden_dropout".split()
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
+SIZES = ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions")
 
 
 def read_config(settings: dict, where: str) -> tuple[Family, Config]:
-    """Raises BadModel that names the setting that is unknown, not done here, or no size."""
+    """Raises BadModel that names the setting that is unknown, not supported, or not a size."""
     kind = settings.get("model_type")
-    try:                                                             # transformers 5 writes the last, 4 the other two
+    try:                                                             # transformers 5 writes the last, 4 the others
         c = {**settings, **(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
-        for key, done in {**ONLY["every"], **ONLY.get(kind, {})}.items():
-            if c.get(key, done) != done and (c[key] or done):
-                raise BadModel(f"asks for {key}={c[key]!r:.80}, which is not done here for {kind} models")
-        if kind not in FAMILIES:
-            raise BadModel(f"model_type {kind!r} is not one of those built here ({', '.join(FAMILIES)})")
+        for key, only in {**ONLY["every"], **ONLY.get(kind, {})}.items():
+            value = c.get(key, only)                                 # (null, false and 0 ask for the same)
+            check((value or None) == (only or None),
+                  f"asks for {key}={value!r:.80}, which is not supported for {kind!r} models")
+        check(kind in FAMILIES, f"model_type {kind!r} is not one of those supported ({', '.join(FAMILIES)})")
         config = FAMILIES[kind].config(c)
-        if config.rope is not None:
+        if config.rope is not None:                                  # fails here if a number is missing or is text
             ROPE_SCALING[config.rope["rope_type"]](config.rope["rope_theta"] ** -torch.ones(1), config.rope)
         float(config.eps + 0)
-        for name in ["vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions",
-                     *["rotary"] * bool(config.rope), *["window"] * bool(config.sliding)]:
+        for name in (*SIZES, "window") if config.sliding else SIZES:
             value = getattr(config, name)
-            if type(value) is not int or not 0 < value < 1 << 63:
-                raise BadModel(f"a {kind} model needs a size above 0 for its {name}, found {value!r:.80}")
-        if config.heads % config.kv_heads or config.rotary % 2 or config.rotary > config.head_dim:
-            raise BadModel(f"no {config.heads} heads can share {config.kv_heads} for keys, or no {config.rotary} of "
-                           f"{config.head_dim} coordinates turn in pairs")
-        if config.activation not in ACTIVATIONS:
-            raise BadModel(f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+            check(type(value) is int and 0 < value < 1 << 63,
+                  f"a {kind} model needs a size above 0 for its {name}, found {value!r:.80}")
+        check(config.heads % config.kv_heads == 0, f"{config.heads} heads cannot share {config.kv_heads} for keys")
+        check(config.rope is None or (config.rotary % 2 == 0 and 0 < config.rotary <= config.head_dim),
+              f"{config.rotary} of {config.head_dim} coordinates cannot turn in pairs")
+        check(config.activation in ACTIVATIONS,
+              f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     except KeyError as error:
         raise BadModel(f"{where}: a {kind} model needs {error} there") from None
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:       # the latter from torch
-        what = error if isinstance(error, BadModel) else f"a number of this {kind} model is none ({error})"
-        raise BadModel(f"{where}: {what!s:.500}") from None
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:       # the last from torch
+        known = isinstance(error, BadModel)
+        message = str(error) if known else f"a setting of this {kind!r:.80} model is not a number that fits ({error})"
+        raise BadModel(f"{where}: {message:.500}") from None
     return FAMILIES[kind], config
 
 
@@ -825,14 +839,16 @@ def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) 
     found = []
     for name in ("generation_config.json", "config.json"):
         ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
-        found += ids if isinstance(ids, list) else [ids] if ids is not None else []
-        for token in found:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise BadModel(f"{folder / name}: eos_token_id {token!r:.80} is none of its {vocab_size:,} tokens")
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None:
+                check(type(token) is int and 0 <= token < vocab_size,
+                      f"{folder / name}: eos_token_id {token!r:.80} is not one of its {vocab_size:,} tokens")
+                found.append(token)
     return tuple(dict.fromkeys(found))
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file.  Raises BadModel if it is too long, or not one."""
     def unique(items):
         if len(dict(items)) < len(items):
             raise ValueError("a name stands twice in an object")
@@ -843,55 +859,62 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise BadModel(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise BadModel(f"{path}: not a JSON object")
+    check(isinstance(content, dict), f"{path}: not a JSON object")
     return content
 
 
 def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
     """What is in a Hugging Face folder; the tensors come one by one."""
-    if not (folder / "config.json").is_file():
-        raise BadModel(f"{folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}; "
-                       + ("an adapter alone is no model: give one that it is merged into (train.py --merge writes it)"
-                          if (folder / "adapter_config.json").exists() else
-                          "a model is a folder with config.json, *.safetensors and tokenizer.json"))
+    hint = "a model is a folder with config.json, *.safetensors and tokenizer.json"
+    if (folder / "adapter_config.json").exists():
+        hint = "an adapter alone is not a model: give one that it is merged into (train.py --merge writes it)"
+    found = "no config.json there" if folder.is_dir() else "no such folder"
+    check((folder / "config.json").is_file(), f"{folder}: {found}; {hint}")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    index, home = folder / "model.safetensors.index.json", folder.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home                 # links in the hub's cache
+    home = folder.resolve()
+    if home.parent.name == "snapshots":                              # links in the hub's cache
+        home = home.parents[1]
     there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     for name, path in there.items():
-        if path.suffix in (*FILES, ".safetensors") and not path.resolve().is_relative_to(home):
-            raise BadModel(f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
-        if name in ("generation_config.json", index.name):
+        check(path.suffix not in (*FILES, ".safetensors") or path.resolve().is_relative_to(home),
+              f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
+        if name in ("generation_config.json", "model.safetensors.index.json"):
             read_json(path)
-    if "model.safetensors" in there:
-        names = ["model.safetensors"]
-    elif index.name in there:
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-            raise BadModel(f"{index}: has no weight_map from tensors to files")
-        names = sorted(set(places.values()))
-    else:
-        pickles = [name for name in there if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        raise BadModel(f"{folder}: neither model.safetensors nor its index there" + (
-            f", only {pickles[0]}: loading a pickle can run any code, so none is read; convert it with "
-            "transformers (from_pretrained, then save_pretrained)" if pickles else ""))
-    for name in names:
-        if name not in there or not name.endswith(".safetensors"):
-            raise BadModel(f"{index}: names the file {name!r:.300}, which is no safetensors file in {folder}")
+    names = weight_files(folder, there)
     files = {name: path.read_bytes() for name, path in there.items()
              if path.suffix in FILES and path.stat().st_size <= LONGEST}
-    bytes_there = sum((folder / name).stat().st_size for name in names)
-    weights = config.dim * (config.vocab_size + (config.rope is None) * config.positions
-                            + config.layers * 2 * (config.heads * config.head_dim + config.hidden))
-    if weights > bytes_there or config.layers > 10_000:              # before a terabyte is asked of the machine
-        raise BadModel(f"{folder}: config.json asks for {config.layers:,} layers, at least {weights:,} weights; the "
-                       f"safetensors files have {bytes_there:,} bytes; is it that of another model?")
-    origin = Origin(family, files, {}, {}, {})
-    return origin, config, _tensors(folder, names, origin)
+    bytes_there = sum(there[name].stat().st_size for name in names)
+    tables = config.vocab_size + (config.positions if config.rope is None else 0)
+    weights = config.dim * (tables + 2 * config.layers * (config.heads * config.head_dim + config.hidden))
+    check(weights <= bytes_there and config.layers <= 10_000,        # before a terabyte is asked of the machine
+          f"{folder}: config.json asks for {config.layers:,} layers, at least {weights:,} weights; the "
+          f"safetensors files have {bytes_there:,} bytes; is it that of another model?")
+    parts = family.parts(config.layers)
+    parts |= {name.removeprefix(family.prefix): ours for name, ours in parts.items()}
+    origin = Origin(family, files, {}, {}, {}, parts)
+    return origin, config, read_tensors(folder, names, origin)
 
 
-def _tensors(folder, names, origin):
+def weight_files(folder: Path, there: dict[str, Path]) -> list[str]:
+    """The names of the model's safetensors files, of those that are there."""
+    index = folder / "model.safetensors.index.json"
+    if "model.safetensors" in there:
+        return ["model.safetensors"]
+    pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    check(index.name in there or not pickles,
+          f"{folder}: no safetensors there, only {', '.join(pickles[:1])}: loading a pickle can run any code, "
+          "so none is read; convert it with transformers (from_pretrained, then save_pretrained)")
+    check(index.name in there, f"{folder}: neither model.safetensors nor its index there")
+    places = read_json(index).get("weight_map")
+    check(isinstance(places, dict) and places, f"{index}: has no weight_map from tensors to files")
+    for name in places.values():
+        check(isinstance(name, str) and name in there and name.endswith(".safetensors"),
+              f"{index}: its weight_map names the file {name!r:.300}, which is not a safetensors file in {folder}")
+    return sorted(set(places.values()))
+
+
+def read_tensors(folder: Path, names: list[str], origin: Origin) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters, and note in the origin where all tensors came from."""
     for file in names:
         try:
             with safe_open(folder / file, "pt") as tensors:
@@ -899,7 +922,7 @@ def _tensors(folder, names, origin):
                 for name in tensors.keys():                          # noqa: SIM118 (it is not a dict)
                     tensor = tensors.get_tensor(name)
                     origin.tensors[name] = file, tensor.dtype
-                    if re.search(origin.family.buffers, name):
+                    if name.endswith(origin.family.buffers):
                         origin.buffers[name] = tensor
                     else:
                         yield name, tensor
@@ -908,15 +931,9 @@ def _tensors(folder, names, origin):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# 6. Command line
 
-def number(kind, low, high):
-    """An argparse type: a number from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__                                   # what argparse says of text that is no number
-    return parse
+LIMITS = {"max_new_tokens": (1, 10 ** 6), "temperature": (0, 100), "top_p": (1e-6, 1), "seed": (0, 2 ** 32 - 1)}
 
 
 def main():
@@ -924,14 +941,17 @@ def main():
     parser.add_argument("folder", help="Hugging Face folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("-p", "--prompt", required=True, help="the text to continue")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message; the chat template is around it")
-    parser.add_argument("--max-new-tokens", type=number(int, 1, 10 ** 6), default=100)
-    parser.add_argument("--temperature", type=number(float, 0, 100), default=0.7, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=0.95)
-    parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} is not from {low} to {high}")
     try:
         talk(args)
-    except BrokenPipeError:                                          # whoever read has seen enough (`| head -1`)
+    except BrokenPipeError:                                          # the reader has seen enough (`| head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"model.py: error: {error!s:.2000}", file=sys.stderr)
@@ -940,30 +960,22 @@ def main():
         sys.exit(130)
 
 
-def talk(args):
+def talk(args: argparse.Namespace) -> None:
+    from data import Tokenizer  # only the command line reads text; to the model all is token ids
+
     model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        tokenizer = Tokenizer.from_str(model.origin.files["tokenizer.json"].decode())
-        tokenizer.decode(tokenizer.encode("a").ids)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:                                   # the library raises nothing narrower, and panics
-        raise BadModel(f"{args.folder}: no tokenizer.json that can be read ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    prompt, stop = tokenizer.encode(args.prompt.encode().decode()).ids, model.stop_tokens     # (only UTF-8 passes)
-    if args.chat:                                  # the command line borrows data.py; the module imports none of ours
-        chat = importlib.import_module("data").Tokenizer(args.folder)
-        prompt, stop = chat.prompt([{"role": "user", "content": args.prompt}]), (chat.eos, *stop)
-    if not 0 < len(prompt) < model.config.positions or max(prompt) >= model.config.vocab_size:
-        raise BadModel(f"--prompt has {len(prompt)} tokens, it must have 1 to {model.config.positions - 1}, "
-                       f"and ids below {model.config.vocab_size} (the highest is {max(prompt, default='none')})")
+    tokenizer = Tokenizer(args.folder)
+    args.prompt.encode()                                             # a clear ValueError unless it is UTF-8
+    ids = tokenizer.prompt([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
+    longest, words = model.config.positions - 1, model.config.vocab_size
+    check(0 < len(ids) <= longest, f"--prompt has {len(ids)} tokens, it must have 1 to {longest}")
+    check(max(ids) < words, f"--prompt has the token id {max(ids)}; the model has {words}, from 0")
     print("" if args.chat else args.prompt, end="", flush=True)
-    ids, shown = prompt, len(tokenizer.decode(prompt))               # all at once: what precedes decides on spaces
-    for [token] in model.generate([prompt], args.max_new_tokens, args.temperature, args.top_p, stop,
-                                  [torch.Generator().manual_seed(args.seed)]):
+    shown = len(tokenizer.backend.decode(ids))                       # all at once: spaces depend on what precedes
+    for [token] in model.generate([ids], args.max_new_tokens, args.temperature, args.top_p,
+                                  (tokenizer.eos, *model.stop_tokens), [torch.Generator().manual_seed(args.seed)]):
         ids = [*ids, token]
-        text = tokenizer.decode(ids)
+        text = tokenizer.backend.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):           # a character may take several tokens
             print(text[shown:], end="", flush=True)
             shown = len(text)

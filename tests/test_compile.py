@@ -96,7 +96,8 @@ def test_compiled_blocks_are_the_blocks(make_model, monkeypatch, count, name):
     model, found = Transformer.from_pretrained(make_model(name)), {}
     add_lora(model, 2, 4.0, ("q", "down"))
     model.requires_grad_(True)
-    rows, names = [collate(some_groups(model, groups, seed=groups), BRANCHES) for groups in (1, 4, 9)], list(model.state_dict())
+    rows = [collate(some_groups(model, groups, seed=groups), BRANCHES) for groups in (1, 4, 9)]
+    names = list(model.state_dict())
     for kind in ("plain", "compiled", "checkpointed"):
         if kind == "compiled":
             model.compile_blocks()

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import MODELS, ROOT
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as model_py
-from data import collate
+from data import Tokenizer, collate
 from model import BRANCHES, FAMILIES, BadModel, Head, Lookup, Transformer, attend, attention_tiles, visible
 
 
@@ -157,7 +157,8 @@ def test_responses_do_not_see_each_other(make_model):
     changed = [list(group) for group in groups]
     changed[1][2] = (changed[1][2] + 7) % 500                       # group 1's second response
     with torch.no_grad():
-        before, after = (r.sum_by_response(model(*r.inputs())[0]) for r in (collate(groups, BRANCHES), collate(changed, BRANCHES)))
+        rows = collate(groups, BRANCHES), collate(changed, BRANCHES)
+        before, after = (row.sum_by_response(model(*row.inputs())[0]) for row in rows)
     same = torch.ones(5, 3, dtype=torch.bool)
     same[1, 1] = False
     assert torch.equal(before[same], after[same]) and before[1, 1] != after[1, 1]
@@ -492,7 +493,7 @@ def test_the_command_line_continues_a_text_or_says_why_not(run, monkeypatch, cap
         assert status == 2 and words in said and not text
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 944, "content": "<|beyond|>"})
-    for content, words in [(json.dumps(tokenizer), "ids below 944 (the highest is 944)"), ("{}", "tokenizer.json")]:
+    for content, words in [(json.dumps(tokenizer), "token id 944; the model has 944"), ("{}", "not a tokenizer")]:
         (folder / "tokenizer.json").write_text(content)
         status, _, said = command_line(monkeypatch, capsys, folder, "-p", "a<|beyond|>")
         assert status == 2 and words in said
@@ -505,20 +506,20 @@ def test_the_command_line_answers_a_message(monkeypatch, capsys, make_model):
     folder = make_model()
     stop = alone(Transformer.from_pretrained(folder), [5, 6, 7], 4, 0.0)[3]
 
-    class Chat:                                                     # data.Tokenizer has tests of its own
-        eos = stop
-
+    class Chat(Tokenizer):                                          # it has tests of its own
         def __init__(self, path):
             assert path == str(folder)
+            super().__init__(path)
+            self.eos = stop
 
         def prompt(self, messages):
             if messages != [{"role": "user", "content": "Ada asks"}]:
                 raise data.BadData("the chat template says no")
             return [5, 6, 7]
+    backend = Tokenizer(folder).backend
     monkeypatch.setattr(data, "Tokenizer", Chat)
     arguments = folder, "--chat", "--temperature", 0
     status, text, _ = command_line(monkeypatch, capsys, *arguments, "-p", "Ada asks")
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     want = alone(Transformer.from_pretrained(folder), [5, 6, 7], 4, 0.0)
     want = want[:want.index(stop)]
     assert status == 0 and text == backend.decode([5, 6, 7, *want])[len(backend.decode([5, 6, 7])):] + "\n"
@@ -543,15 +544,16 @@ def test_the_command_line_ends_quietly(monkeypatch, capsys, make_model):
 def test_text_keeps_its_spaces_and_its_start(monkeypatch, capsys, tmp_path):
     """A tokenizer of the Llama kind: it starts a text by itself, and its words carry their space before them."""
     vocabulary = {"<s>": 0, "<unk>": 1, "\u2581Ada": 2, "\u2581asks": 3}
-    tokenizer = Tokenizer(WordLevel(vocabulary, "<unk>"))
+    tokenizer = tokenizers.Tokenizer(WordLevel(vocabulary, "<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), MetaspaceDecoder()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.add_special_tokens(["<s>", "<end>"])                   # the second is never sampled: the model has 4
     torch.manual_seed(2)
     folder, made = tmp_path / "model", Transformer.from_config({
         "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 8, "max_position_embeddings": 16, "vocab_size": 4}, {})
     made.origin.files["tokenizer.json"] = tokenizer.to_str().encode()
+    made.origin.files["tokenizer_config.json"] = b'{"eos_token": "<end>"}'
     made.save_pretrained(folder)
     follow = alone(made, [0, 2], 6, 0.0)
     flags = "-p", "Ada", "--temperature", 0, "--max-new-tokens", 6

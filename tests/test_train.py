@@ -258,7 +258,7 @@ def test_bad_folders_are_refused(run, make_model, pairs, tmp_path):
     (tmp_path / "model/pytorch_model.bin").unlink()
     refused(run(*flags), "neither model.safetensors nor its index")
     (tmp_path / "model/config.json").write_text('{"model_type": "bloom"}')
-    refused(run(*flags), "model_type 'bloom' is not one of those built here (gpt2, gpt_neox, llama, mistral, ")
+    refused(run(*flags), "model_type 'bloom' is not one of those supported (gpt2, gpt_neox, llama, mistral, ")
     (tmp_path / "model/config.json").write_text("{")
     refused(run(*flags), "config.json: not JSON")
     assert not (tmp_path / "out").exists()
