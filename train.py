@@ -59,39 +59,40 @@ from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, rea
 # 1. The method and the loop
 
 def score_pairs(policy, method: Method, split: Split, indices: list[int], world: World) -> Outcome:
-    """The policy's scores of some pairs, packed into one row, against the reference's: the loss of each, and more."""
-    row = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)
+    """Run the policy on these pairs, packed into one row of tokens: the loss of each, and what else Outcome has."""
+    row = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)        # prompt, chosen, rejected
     at = to_device(indices, world.device)
     with world.autocast():
-        logp, _ = policy(*row.inputs())                                 # (N,) of all response tokens
+        logp, _ = policy(*row.inputs())                                 # (N,) of all response tokens; no entropies
     logp = row.sum_by_response(logp)                                    # (B, 2)
     return mallowspo.objective(method, logp, split.ref_logp[at], row.length, split.weight[at])
 
 
 def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], bool]:
     """One step of the optimiser -> its figures, and whether a signal asks to stop, here or on another rank."""
-    batch, world = split.schedule.batch(step), run.world                # the pairs of all ranks
+    batch, world = split.schedule.batch(step), run.world                # pairs of all ranks, by number
     rows = split.schedule.rows(step, world.rank, world.size)            # of this rank; all ranks have equally many
     outcomes = []
-    for row in rows:
-        with gradient_sync(run.policy, world, now=row is rows[-1]):
+    for indices in rows:
+        with gradient_sync(run.policy, world, now=indices is rows[-1]):
             # --- the method: everything else in this file is bookkeeping ------------------------------------
-            outcome = score_pairs(run.policy, run.cfg.method, split, row, world)
+            outcome = score_pairs(run.policy, run.cfg.method, split, indices, world)
             loss = outcome.loss.sum() / len(batch)                      # neither ranks nor rows change the step
             # ------------------------------------------------------------------------------------------------
             run.scaler.scale(loss * world.size).backward()              # DDP takes the mean over ranks, not the sum
         outcomes.append(torch.stack(outcome).detach())                  # (7, B)
         del outcome, loss                                               # or this row's logits stay beside the next's
-    outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank)
-    n, finite = len(outcomes), torch.isfinite(outcomes[0]).float()
-    total = torch.zeros(n + 1 + len(batch), device=world.device)        # outcomes, a signal, which losses are finite
+    outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
+    n, places = len(outcomes), [batch.index(i) for indices in rows for i in indices]
+    total = torch.zeros(n + 1 + len(batch), device=world.device)        # sums, a signal, which losses are finite
     total[:n] = outcomes.sum(1)
-    total[n:n + 1] = bool(run.signals)                                  # a slice: until the sum nothing waits for a GPU
-    total[to_device([n + 1 + batch.index(i) for row in rows for i in row], world.device)] = finite
+    total[n:n + 1] = bool(run.signals)                                  # (total[n] would wait for a GPU, a slice not)
+    total[n + 1:][to_device(places, world.device)] = torch.isfinite(outcomes[0]).float()
     values = world.sum_over_ranks(total).tolist()
-    bad = [i for i, fine in zip(batch, values[n + 1:]) if not fine]
+    bad = [i for i, finite in zip(batch, values[n + 1:]) if not finite]
     figures = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
-    return {**figures, "lr": run.optimizer.lr, "grad_norm": run.update_weights(split, step, bad)}, bool(values[n])
+    norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
+    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, bool(values[n])
 
 
 def train(run: Run, split: Split, held_out: Split | None) -> None:
@@ -107,16 +108,16 @@ def train(run: Run, split: Split, held_out: Split | None) -> None:
         run.optimizer.lr = learning_rate(cfg, step, split.steps)
         figures, stop = train_step(run, split, step)
         run.log_step(split, step, figures, began)
-        if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):
+        if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):      # 0: never
             save_checkpoint(run, step + 1)
         if stop:
             world.barrier()                                             # torchrun ends all when one ends
-            raise KeyboardInterrupt((run.signals or [signal.SIGTERM])[0])
+            raise KeyboardInterrupt((run.signals or [signal.SIGTERM])[0])       # (the signal may be another rank's)
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, method: Method, held_out: Split, world: World) -> dict[str, float]:
-    """Means of the outcome over all held-out pairs, on all ranks."""
+    """Means of the outcome over all held-out pairs, each of which is in one row of one rank."""
     total = torch.zeros(len(Outcome._fields), device=world.device)
     for step in range(held_out.steps):
         for row in held_out.schedule.rows(step, world.rank, world.size):
@@ -282,7 +283,7 @@ class Config:
     dispersion: Literal["constant", "entropy", "field", "votes"] | None = flag(None, "source of a prompt's weight")
     beta: float | None = flag(None, "pull to the reference")
     alpha: float | None = flag(None, "share of the reference in the reward")
-    eta: float | None = flag(None, "1: log-ratios a token")
+    eta: float | None = flag(None, "1: log-ratios per token")
     margin: float | None = flag(None, "lead that the chosen response must have")
     sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood")
     phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
@@ -295,14 +296,14 @@ class Config:
     warmup: float = flag(0.1, "share of the steps in which the rate rises")
     decay: Literal[tuple(DECAYS)] = flag("cosine", "how the rate falls afterwards")
     clip: float = flag(1.0, "largest gradient norm")
-    batch_size: int = flag(64, "pairs a step, over all GPUs")
+    batch_size: int = flag(64, "pairs per step, over all GPUs")
     epochs: int | None = flag(None, "passes over the data (default: 1)")
     steps: int | None = flag(None, "stop after this many steps instead")
     max_tokens: int | None = flag(None, "longest prompt + response, longer prompts are cut from the left (default: "
                                   "1024, or what the model was made for)")
-    tokens_per_row: int | None = flag(None, "tokens in memory at once (default: 16384 on a GPU, 2048 on a CPU)")
-    checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory a token")
-    compile: bool = flag(False, "compile the model's blocks (needs a C compiler), and use flex_attention on a GPU")
+    tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, with --compile 16384)")
+    checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory per token")
+    compile: bool = flag(False, "compile the model's blocks (needs a compiler), and use flex_attention on a GPU")
     max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error")
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
     eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
@@ -315,7 +316,7 @@ class Config:
     seed: int = flag(0, "order of the data, and sampling")
     shard: bool = flag(False, "share the model out over the processes of torchrun (FSDP2), instead of a copy each")
     param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16: updates rounded at random")
-    dry_run: bool = flag(False, "say what the run would take, and stop")
+    dry_run: bool = flag(False, "measure the memory that a step takes, and stop")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
 
