@@ -704,8 +704,10 @@ def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:
 def fsync(path: Path) -> None:
     """Return when a file's content, or a folder's list of names, is on the disk and not only on its way there."""
     number = os.open(path, os.O_RDONLY)                              # (open() takes no folders)
-    os.fsync(number)
-    os.close(number)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
