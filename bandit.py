@@ -161,26 +161,29 @@ def pick(rows, value, **where) -> list:
     return [row[value] for row in rows if where.items() <= row.items()]
 
 
+def table(columns: dict) -> list[dict]:
+    """The rows of these columns; a column that is a single value has it in every row."""
+    values = [column.tolist() for column in np.broadcast_arrays(*columns.values())]
+    return [dict(zip(columns, row)) for row in zip(*values)]
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
 def exact(opt) -> Result:
     """The closed forms of the Kendall model agree with adding up every ranking."""
-    lam = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99])
-    rows = []
+    lam, rows = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99]), []
     for n in range(2, 8):
         i, j = pairs_of(n)
         ranks = mallowspo.enumerate_rankings(n)                                         # (n!, n)
         p = mallowspo.exact_model(ranks, lam)                                           # (phis, n!)
         cost = mallowspo.kendall_distance(ranks).to(F64)                                # (n!,)
-        log_z = (-lam[:, None] * cost).logsumexp(-1)
-        summed_mean = (p * cost).sum(-1)
-        summed_variance = (p * (cost - summed_mean[:, None]) ** 2).sum(-1)
+        log_z, summed = (-lam[:, None] * cost).logsumexp(-1), (p * cost).sum(-1)        # (phis,)
         mean, variance = mallowspo.distance_moments(n, lam)
         rows.append({"n": n, "log Z": distance(mallowspo.log_partition(n, lam), log_z),
-                     "mean": distance(mean, summed_mean),
-                     "variance": distance(variance, summed_variance),
+                     "mean": distance(mean, summed),
+                     "variance": distance(variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
                      "favourite": distance(mallowspo.top_choice(n, lam), p @ (ranks == 0).to(F64)),
                      "pair": distance(truth(n, lam)[..., i, j], mallowspo.pair_rates(ranks, p)[..., i, j])})
     worst = max(row[key] for row in rows for key in row if key != "n")
@@ -203,11 +206,9 @@ def spearman(opt) -> Result:
         adjacent = (p @ (beside * (ranks[:, i] < ranks[:, j]))) / (p @ beside) - link
         stretched = torch.exp(-LINKS["mallows-theta"](gap, factors[:, None, None] * lam))
         errors = (above + link - stretched).abs().amax(-1)                              # (factors, phis)
-        for k, phi in enumerate(phis):
-            rows.append({"n": n, "phi": phi, "largest error": above[k].max().item(),
-                         "smallest": above[k].min().item(), "side by side": adjacent[k].abs().max().item(),
-                         "best factor": factors[errors[:, k].argmin()].item(),
-                         "error with it": errors[:, k].min().item()})
+        rows += table({"n": n, "phi": phis, "largest error": above.amax(-1), "smallest": above.amin(-1),
+                       "side by side": adjacent.abs().amax(-1), "best factor": factors[errors.argmin(0)],
+                       "error with it": errors.amin(0)})
     worst, least = max(pick(rows, "largest error", n=5)), min(pick(rows, "smallest"))
     return Result(rows, [
         ("theta's link is Spearman's pair probability", worst < 1e-3, f"off by {worst:.3f} at n = 5"),
@@ -226,26 +227,24 @@ def kendall_link(opt) -> Result:
     log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
     """
     h = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)])
-    lams = to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.])
-    rows, curves = [], []
-    for lam in lams:
-        right = LINKS["mallows-phi"](h.to(F64), lam.to(F64))      # the tests hold this against 50 digits
-        printed, ours = -torch.log(as_printed(h, lam)), LINKS["mallows-phi"](h, lam)
-        normal = right > 1e-37                                    # below, float32 itself has fewer digits
-        usable = torch.isfinite(printed) & normal & (h.abs() >= mallowspo.BRIDGE)
-        rows.append({"lam": lam.item(), "printed: nan or inf": int((~torch.isfinite(printed)).sum()),
-                     "printed: error": distance((printed / right)[usable], torch.ones(())),
-                     "ours: nan or inf": int((~torch.isfinite(ours)).sum()),
-                     "ours: error": distance((ours / right)[normal], torch.ones(())),
-                     "jump at 0": (1 / torch.tanh(lam.to(F64) / 2) - 2 / lam.to(F64)).item()})
+    lam = to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.])
+    lam, exactly = lam[:, None], lam.to(F64)
+    printed, ours = -torch.log(as_printed(h, lam)), LINKS["mallows-phi"](h, lam)        # (lams, h)
+    right = LINKS["mallows-phi"](h.to(F64), exactly[:, None])     # the tests hold this against 50 digits
+    normal = right > 1e-37                                        # below, float32 itself has fewer digits
+    usable = torch.isfinite(printed) & normal & (h.abs() >= mallowspo.BRIDGE)
+    error = lambda loss, where: torch.where(where, (loss / right - 1).abs(), 0).amax(-1)
+    rows = table({"lam": lam[:, 0], "printed: nan or inf": (~torch.isfinite(printed)).sum(-1),
+                  "printed: error": error(printed, usable), "ours: nan or inf": (~torch.isfinite(ours)).sum(-1),
+                  "ours: error": error(ours, normal), "jump at 0": 1 / torch.tanh(exactly / 2) - 2 / exactly})
+    curves, x = [], torch.linspace(-3, 3, 240, dtype=F64)
     for phi in (.05, .8):
-        for x in torch.linspace(-3, 3, 240, dtype=F64):
-            for form, g in (("printed", as_printed), ("ours", mallowspo.pair_probability)):
-                curves.append({"link": f"{form} {phi}", "h": x.item(), "g": g(x, to_lam(phi)).item()})
+        for form, g in (("printed", as_printed), ("ours", mallowspo.pair_probability)):
+            curves += table({"link": f"{form} {phi}", "h": x, "g": g(x, to_lam(phi))})
     bad, worst = sum(pick(rows, "printed: nan or inf")), max(pick(rows, "ours: error"))
     sound = sum(pick(rows, "ours: nan or inf")) == 0 and worst < 1e-5
     return Result(rows, [
-        ("phi's link can be used as printed (float32)", bad == 0, f"{bad} of {len(h) * len(lams)} nan or inf"),
+        ("phi's link can be used as printed (float32)", bad == 0, f"{bad} of {printed.numel()} nan or inf"),
         ("phi's stable form is right in float32", sound, f"error {worst:.0e}")], curves)
 
 
@@ -253,16 +252,13 @@ def optimum(opt) -> Result:
     """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
     dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do.
     """
-    phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
+    phis, rows, claims = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98], [], []
     lam = to_lam(phis)[:, None]
-    rows, claims = [], []
     for method in opt.methods:
         u = fit_policy(METHODS[method], truth(opt.n, lam), lam)                         # (phis, n)
-        slope = slope_per_rank(u).tolist()
-        best = torch.softmax(u / opt.beta, -1)[:, 0].tolist()
-        for k, phi in enumerate(phis):
-            rows.append({"method": method, "phi": phi, "slope": slope[k], "best": best[k]})
-        low, high = min(slope), max(slope)
+        slope, best = slope_per_rank(u), torch.softmax(u / opt.beta, -1)[:, 0]
+        rows += table({"method": method, "phi": phis, "slope": slope, "best": best})
+        low, high = slope.min().item(), slope.max().item()
         claims.append((f"{method} learns 1 nat per rank at every dispersion", max(1 - low, high - 1) < 1e-3,
                        f"{low:.3f} to {high:.3f}, {high / max(low, 1e-12):.4g} x"))
     return Result(rows, claims)
@@ -274,6 +270,7 @@ def growth(opt) -> Result:
     """
     curves, claims = [], []
     grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
+    time = np.logspace(0, 8, 33)
     for phi in opt.phis or [.05, .3, .9]:
         for method in opt.methods:
             x = grid.clone().requires_grad_()
@@ -282,11 +279,10 @@ def growth(opt) -> Result:
             usable = int((speed > 1e-12).sum())
             margin, speed = grid[:usable].numpy(), speed[:usable].numpy()
             elapsed = np.append(0, np.cumsum(np.diff(margin) * (1 / speed[1:] + 1 / speed[:-1]) / 2))
-            for t in np.logspace(0, 8, 33).tolist():
-                now, pace = float(np.interp(t, elapsed, margin)), 0.0
-                if t < elapsed[-1]:
-                    pace = t * math.exp(np.interp(now, margin, np.log(speed)))
-                curves.append({"phi": phi, "method": method, "time": t, "margin": now, "per e-fold": pace})
+            now = np.interp(time, elapsed, margin)
+            log_speed = np.interp(now, margin, np.log(speed)).tolist()
+            pace = time * [math.exp(x) for x in log_speed] * (time < elapsed[-1])
+            curves += table({"phi": phi, "method": method, "time": time, "margin": now, "per e-fold": pace})
         if {"mallows-phi", "dpo"} <= set(opt.methods):
             ours = pick(curves, "per e-fold", phi=phi, time=1e6, method="mallows-phi")[0]
             dpo = pick(curves, "per e-fold", phi=phi, time=1e6, method="dpo")[0]
@@ -303,8 +299,7 @@ def frontier(opt) -> Result:
     chances = truth(opt.n, lam)                                                         # (P, n, n)
     places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
               "annotator": chances.sum(-2) - 1 / 2}           # an item's place: how many others are above it
-    claims = []
-    rows, curves = [], []
+    rows, curves, claims = [], [], []
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
         wins = chances
         if count != "infinite":
@@ -318,15 +313,13 @@ def frontier(opt) -> Result:
             for method, u in rivals.items():
                 mean, se = mean_se(place_at_kl(u, place, .5))
                 rows.append({"judge": judge, "pairs": count, "method": method, "place": mean, "se": se})
-                if count != "infinite":
-                    continue
-                for kl in (np.arange(1, 21) / 20).tolist():
-                    at = place_at_kl(u, place, kl).item()
-                    curves.append({"judge": judge, "method": method, "kl": kl, "place": at})
-                if method in ("mallows-phi", "ipo"):
+                if count == "infinite":
+                    curves += [{"judge": judge, "method": method, "kl": kl, "place": place_at_kl(u, place, kl).item()}
+                               for kl in np.arange(1, 21) / 20]
+                if count == "infinite" and method in ("mallows-phi", "ipo"):
                     best = pick(rows, "place", judge=judge, method="best possible")[0]
-                    claims.append((f"{method} gets the most per KL, judged by the {judge}",
-                                   mean < best + .005, f"place {mean:.3f}, best possible {best:.3f}"))
+                    claims.append((f"{method} gets the most per KL, judged by the {judge}", mean < best + .005,
+                                   f"place {mean:.3f}, best possible {best:.3f}"))
     return Result(rows, claims, curves)
 
 
@@ -370,8 +363,10 @@ def samples(opt) -> Result:
     return Result(rows, claims)
 
 
-def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor, choices: Tensor) -> list[dict]:
-    """One policy for P prompts, fitted to pairs drawn with the chances `train`, judged by `test`, (S, P, n, n).
+def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
+            choices: Tensor) -> tuple[list[dict], dict[str, dict]]:
+    """One policy for P prompts, fitted to pairs drawn with the chances `train`, judged by `test`, (S, P, n, n):
+    all rows, and index -> its row at 256 pairs.
 
     lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites.
     """
@@ -387,8 +382,8 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
                "phi, inverted entropy": ("mallows-phi", mallowspo.lam_of_choices(choices)),
                "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # no prompt's own
                "dpo, one policy each": ("sigmoid", lam)}
-    rows = []
-    for count in opt.pairs or [16, 64, 256, 1024]:
+    rows, counts = [], opt.pairs or [16, 64, 256, 1024]
+    for count in counts:
         wins = draw_pairs(rng, train, count)
         for name, (link, index) in indices.items():
             if name == "dpo, one policy each":
@@ -404,7 +399,8 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
             rows.append({"index": name, "pairs": count, "excess": mean, "se": se, "minus DPO": ahead,
                          "minus DPO se": ahead_se, "slope": slope_per_rank(u).mean().item(),
                          "tau": (u[..., i] - u[..., j]).sign().mean().item()})
-    return rows
+    count = 256 if 256 in counts else counts[-1]            # at which the claims are judged
+    return rows, {row["index"]: row for row in rows if row["pairs"] == count}
 
 
 def shared(opt) -> Result:
@@ -414,13 +410,12 @@ def shared(opt) -> Result:
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
     choices = torch.from_numpy(rng.multinomial(64, mallowspo.top_choice(opt.n, lam).numpy())).to(F64)
-    rows = compare(opt, rng, chances, chances, lam, mallowspo.favourite_entropy(opt.n, lam), choices)
-    count = 256 if 256 in pick(rows, "pairs") else rows[-1]["pairs"]
-    loss = {row["index"]: row["excess"] for row in rows if row["pairs"] == count}
-    claims = []
+    rows, at = compare(opt, rng, chances, chances, lam, mallowspo.favourite_entropy(opt.n, lam), choices)
+    claims, dpo = [], at["dpo"]["excess"]
     for name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index"):
-        claims.append((f"one policy for many dispersions: {name} beats DPO", loss[name] < loss["dpo"],
-                       f"{loss[name]:.1f} against {loss['dpo']:.1f} mnat, {count} pairs per prompt"))
+        loss, count = at[name]["excess"], at[name]["pairs"]
+        claims.append((f"one policy for many dispersions: {name} beats DPO", loss < dpo,
+                       f"{loss:.1f} against {dpo:.1f} mnat, {count} pairs per prompt"))
     return Result(rows, claims)
 
 
@@ -429,8 +424,7 @@ def noise(opt) -> Result:
     multiple of its spread over 12 prompts.  As it is it loses from r of about 1.2; shrunk by 1 / (1 + r^2), never.
     """
     rng = np.random.default_rng(opt.seed)
-    rows, claims = [], []
-    z = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
+    rows, z = [], torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
     for spread in (.4, .8, 1.3):
         log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
         chances = truth(opt.n, log_lam.exp())
@@ -445,6 +439,7 @@ def noise(opt) -> Result:
                 ratio, se = ratio_se(excess("mallows-phi", u, index, chances), dpo)
                 rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se,
                              "line": f"{form}, {spread}"})
+    claims = []
     for r, form in ((.5, "as is"), (1.5, "as is"), (1.5, "shrunk")):
         ratios = pick(rows, "ratio", r=r, index=form)
         claims.append((f"phi beats DPO with an index of noise r = {r}, {form}", max(ratios) < 1,
@@ -478,17 +473,16 @@ def estimate(opt) -> Result:
                        "two people, random pair": mallowspo.lam_of_disagreement(rate, n)}
             for name, guess in guesses.items():
                 square, se = mean_se((guess - lam).square().mean(-1))
-                rmse = square ** .5
-                rows.append({"n": n, "estimator": name, "answers": m, "rmse": rmse, "se": se / (2 * rmse)})
+                rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5,
+                             "se": se / (2 * square ** .5)})
     worst, ordered = 0.0, True
     for n in (5, 10, 100):
         entropy = mallowspo.favourite_entropy(n, fine)
         guess = paper_proxy(n, entropy, fine)
         worst = max(worst, distance(mallowspo.lam_of_entropy(entropy, n), fine))
         ordered = ordered and bool((guess.diff() > 0).all())
-        for x, y in zip(fine.tolist(), guess.tolist()):
-            curves.append({"n": n, "lam": x, "guess": y, "ratio": y / x})
-    curves += [{"n": "lam", "lam": x, "guess": x} for x in fine.tolist()]
+        curves += table({"n": n, "lam": fine, "guess": guess, "ratio": guess / fine})
+    curves += table({"n": "lam", "lam": fine, "guess": fine})
     low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
     return Result(rows, [
         ("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
@@ -559,25 +553,19 @@ def read_rankings(path: str) -> Ballots:
             if told != found:
                 where = at
                 raise ValueError(f"says {told} {key.lower()}, but the orders below make {found}")
-        full = complete_orders(orders, facts["ALTERNATIVES"][0])
+        full = {}                                                    # the orders that leave out one item at most
+        for order, count in orders.items():
+            if len(order) >= items - 1:
+                order = (*order, *set(range(1, items + 1)).difference(order))
+                full[order] = full.get(order, 0) + count
+        if not full:
+            raise ValueError(f"the file ends without an order of {items - 1} items or more")
     except ValueError as error:
         raise BadFile(f"{where}: {error}") from None
     except OSError as error:
         raise BadFile(f"{path}: {error.strerror}") from None
     ranks = (torch.tensor(list(full)) - 1).argsort(-1)                                  # (orders, items)
     return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), sum(orders.values()))
-
-
-def complete_orders(orders: dict, items: int) -> dict[tuple[int, ...], int]:
-    """Order -> count of those that leave out one item at most, which then comes last."""
-    full = {}
-    for order, count in orders.items():
-        if len(order) >= items - 1:
-            order = (*order, *set(range(1, items + 1)).difference(order))
-            full[order] = full.get(order, 0) + count
-    if not full:
-        raise ValueError(f"the file ends without an order of {items - 1} items or more")
-    return full
 
 
 def people(opt) -> Result:
@@ -598,10 +586,8 @@ def people(opt) -> Result:
         if len(group) < 2 or min(ballots.weight.sum() for ballots in group) < 2:
             print(f"  {n} items: a comparison needs two files, and two voters in each")
             continue
-        found = compare(opt, rng, **held_out(opt, rng, group))
+        found, at = compare(opt, rng, **held_out(opt, rng, group))
         rows += [{"items": n, **row} for row in found]
-        count = 256 if 256 in pick(found, "pairs") else found[-1]["pairs"]
-        at = {row["index"]: row for row in found if row["pairs"] == count}
         for index in ("phi, inverted entropy", "phi, shuffled index"):
             ahead, se = at[index]["minus DPO"], at[index]["minus DPO se"]
             claims.append((f"people, {n} items, new voters: {index} beats DPO", ahead < 0,
@@ -636,7 +622,7 @@ def by_gap(ranks: Tensor, weight: Tensor, lam: Tensor) -> dict[str, list[float]]
 
 def held_out(opt, rng, group: list[Ballots]) -> dict[str, Tensor]:
     """What `compare` wants, from random halves of the voters; answer k is k-th for a file's first half."""
-    parts = {"train": [], "test": [], "lam": [], "entropy": [], "choices": []}
+    parts = []
     for ballots in group:
         ranks, votes = ballots.ranks, ballots.weight.long().numpy()
         half = rng.multivariate_hypergeometric(votes, votes.sum() // 2, size=opt.seeds)
@@ -644,12 +630,10 @@ def held_out(opt, rng, group: list[Ballots]) -> dict[str, Tensor]:
         second = torch.from_numpy(votes - half).to(F64)
         centre, lam = mallowspo.fit_rankings(ranks, first)                              # (S, n), (S,)
         choices = first @ (ranks == 0).to(F64)                                          # (S, n)
-        parts["train"].append(rates_by_place(ranks, first, centre))
-        parts["test"].append(rates_by_place(ranks, second, centre))
-        parts["lam"].append(lam)
-        parts["entropy"].append(torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1))
-        parts["choices"].append(choices)
-    return {name: torch.stack(part, 1) for name, part in parts.items()}
+        entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)   # (S,)
+        parts.append({"train": rates_by_place(ranks, first, centre), "test": rates_by_place(ranks, second, centre),
+                      "lam": lam, "entropy": entropy, "choices": choices})
+    return {name: torch.stack([part[name] for part in parts], 1) for name in parts[0]}
 
 
 def rates_by_place(ranks: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
@@ -811,30 +795,22 @@ def report(population: Population, methods: dict, records: list[dict]) -> tuple[
 
 def averages(path: list[tuple[int, dict[str, Tensor]]]) -> dict[str, list[float]]:
     """The measures along a path of steps: means over all questions, or the agreed and the disputed half."""
-    rows = []
-    for step, measures in path:
-        row = {"step": step, **{key: value.mean().item() for key, value in measures.items()}}
-        for key in ("kl", "entropy"):
-            half = len(measures[key]) // 2
-            row[f"{key}_agreed"] = measures[key][:half].mean().item()
-            row[f"{key}_disputed"] = measures[key][half:].mean().item()
-        rows.append(row)
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    series = {key: torch.stack([measures[key] for _, measures in path]) for key in path[0][1]}     # (steps, Q)
+    for key in ("kl", "entropy"):
+        series[f"{key}_agreed"], series[f"{key}_disputed"] = series[key].chunk(2, -1)
+    return {"step": [step for step, _ in path], **{key: x.mean(-1).tolist() for key, x in series.items()}}
 
 
 def compare_at(kl: float, paths: dict[str, dict[str, list[float]]]) -> str:
     """A table of all methods at one KL, and a sentence for each measure."""
     lines = [f"at KL {kl} nats    step  win rate  consensus rank  reward accuracy  KL agreed | disputed"
              "  entropy agreed | disputed"]
+    cells = ("{step:>5.0f}  {win_rate:>8.4f}  {consensus_rank:>14.3f}  {reward_accuracy:>15.4f}  {kl_agreed:>9.3f} | "
+             "{kl_disputed:<8.3f}  {entropy_agreed:>14.3f} | {entropy_disputed:.3f}")
     reached = {name: at_kl(path, kl) for name, path in paths.items()}
     for name, row in reached.items():
-        if row is None:
-            lines.append(f"{name:<15}  never went so far")
-        else:
-            lines.append(f"{name:<15}  {row['step']:>5.0f}  {row['win_rate']:>8.4f}  "
-                         f"{row['consensus_rank']:>14.3f}  {row['reward_accuracy']:>15.4f}  "
-                         f"{row['kl_agreed']:>9.3f} | {row['kl_disputed']:<8.3f}  "
-                         f"{row['entropy_agreed']:>14.3f} | {row['entropy_disputed']:.3f}")
+        found = cells.format(**row) if row else "never went so far"
+        lines.append(f"{name:<15}  {found}")
     dpo = reached.pop("dpo", None)
     for key, (good, same) in MEASURES.items():
         for name, row in reached.items():
