@@ -427,9 +427,9 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     if cfg.dry_run:
         return
     if cfg.reference:                                              # can it be written?
-        world.on_rank0(lambda: lock(Path(cfg.reference + ".lock")).close())
+        world.on_rank0(lambda: lock_folder(Path(cfg.reference + ".lock")).close())
     with contextlib.ExitStack() as mine:
-        world.on_rank0(lambda: mine.enter_context(lock(out / "lock", wait=False)).name)
+        world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", wait=False)).name)
         world.on_rank0(refuse_small_disk, cfg, model)
         record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False,
                   "phi_star": None, "steps": split.steps, "pairs": len(split.pairs), "held_out": 0,
@@ -787,7 +787,7 @@ STATE = {"step": int, "seconds": float, "skipped": list, "scaler": dict, "run": 
 SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
-def lock(path: Path, wait: bool = True):
+def lock_folder(path: Path, wait: bool = True):
     """Make the folder of this file, and the file -> the file, open; nobody else gets it from here until it is closed,
     or its process dies.  Raises BadConfig if it cannot be written, or without `wait` if another process has it."""
     import fcntl  # not on Windows
@@ -870,7 +870,7 @@ def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
     """Add scores to the file, as others may do at the same time; what it has, stays."""
     if not scores:
         return
-    with lock(path.with_name(path.name + ".lock")):
+    with lock_folder(path.with_name(path.name + ".lock")):
         scores = scores | read_reference(path, key)
         tensors = {"digest": np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16),
                    "length": np.array([len(score.logp) for score in scores.values()], dtype=np.int32),
@@ -1057,7 +1057,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    world.on_rank0(lambda: lock(out / "lock", wait=False).close())
+    world.on_rank0(lambda: lock_folder(out / "lock", wait=False).close())
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]

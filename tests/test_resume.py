@@ -282,7 +282,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 
 def test_two_runs_in_one_folder(job, tmp_path):
     (tmp_path / "out").mkdir()
-    with train.lock(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
+    with train.lock_folder(tmp_path / "out/lock"), pytest.raises(BadConfig, match="another run is writing there"):
         job()
     job()
 
