@@ -120,8 +120,8 @@ def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
 def dispersion_weight(index: Tensor, phi_star: float, power: float = 1.0) -> Tensor:
     """weight(x) = phi_star * (-log H(x))^power: large where people agree, near 0 where they do not.
 
-    index: any shape, H(x) or a known phi(x); clamped to INDEX_RANGE.  MallowsPO (Eq. 13-14) is power = 1; less
-    shrinks a noisy index towards no dispersion at all, which is power = 0 (ours)."""
+    index: any shape, H(x) or a known phi(x); clamped to INDEX_RANGE.  MallowsPO (Eq. 13-14) is power = 1.  Less
+    shrinks a noisy index towards no dispersion at all, which is 0; more spreads a timid one (ours, see fit_trust)."""
     return phi_star * (-index.clamp(*INDEX_RANGE).log()) ** power
 
 
@@ -136,6 +136,71 @@ def count_clamped(index: Tensor) -> int:
     """How many of the indices lie outside INDEX_RANGE."""
     low, high = INDEX_RANGE
     return int(((index < low) | (index > high)).sum())
+
+
+class Trust(NamedTuple):
+    """How far the pairs bear an index out; the field names are those of the model in fit_trust."""
+    kappa: float               # the power of -log H that fits them; 0: the index says nothing, below: the opposite
+    se: float                  # standard error of kappa; 1 is the prior's, with nothing learned
+    c: float
+
+
+TRUST_PRIOR = (2.0, 1.0)       # standard deviations of c and of kappa around 0
+POWERS = (0.0, 8.0)            # what a learned power is clipped to
+
+
+def fit_trust(agrees: Tensor, index: Tensor) -> Trust:
+    """How far the index may be trusted, by the pairs themselves: maximum a posteriori of
+
+        P(agrees) = sigmoid(exp(c + kappa * x)),    x = log(-log H), centred over the pairs
+
+    agrees: (P,) 1 where the policy's margin had the right sign before the pair was trained on, else 0 (1/2, a tie,
+    says nothing, nor does an index that is nan);  index: (P,) H, as for dispersion_weight.
+
+    Ours.  A policy that has learned something is right more often where people agree, so its log-odds of being right
+    are a measure of lam, and the model says that they are a power of -log H: lam = exp(c) * (-log H)^kappa.  Kappa is
+    the power to give to dispersion_weight, clipped to POWERS: an index that says nothing ends near 0, which is DPO.
+    Its limits: a prompt that the policy has not learned yet looks like one on which people disagree, and few pairs
+    say less than the prior (TRUST_PRIOR).  Newton's method with the expected curvature, halved until it gains."""
+    x = (-index.double().cpu().clamp(*INDEX_RANGE).log()).log()
+    agrees = agrees.double().cpu()
+    counts = (agrees != 0.5) & ~x.isnan()
+    agrees, x = agrees[counts], x[counts]                                               # (P,)
+    if len(x):
+        x = x - x.mean()
+    design = torch.stack([torch.ones_like(x), x], 1)                                    # (P, 2)
+    precision = torch.tensor(TRUST_PRIOR, dtype=torch.float64).square().reciprocal()    # (2,)
+
+    def look(at: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-odds of the pairs (P,), and minus the log-posterior."""
+        odds = (design @ at).clamp(max=50).exp()
+        return odds, (F.softplus(odds) - agrees * odds).sum() + (precision * at * at).sum() / 2
+
+    at = torch.zeros(2, dtype=torch.float64)
+    odds, value = look(at)
+    for _ in range(100):
+        right = torch.sigmoid(odds)
+        gradient = design.T @ ((right - agrees) * odds) + precision * at
+        curvature = design.T @ ((right * torch.sigmoid(-odds) * odds ** 2)[:, None] * design) + torch.diag(precision)
+        move = torch.linalg.solve(curvature, gradient)
+        if gradient @ move < 1e-12:
+            break
+        for _ in range(60):
+            there, least = look(at - move)
+            if least <= value:
+                at, odds, value = at - move, there, least
+                break
+            move = move / 2
+    se = torch.linalg.inv(curvature)[1, 1].sqrt()
+    return Trust(at[1].item(), se.item(), at[0].item())
+
+
+def accuracy_by_quartile(agrees: Tensor, index: Tensor) -> list[float | None]:
+    """Share of pairs that agree (see fit_trust) in each quarter of them, from the one where the index sees most
+    disagreement to the one where it sees least; None for a quarter without pairs."""
+    known = agrees[~index.isnan()].double().cpu()
+    order = index[~index.isnan()].cpu().argsort(descending=True, stable=True)
+    return [part.mean().item() if len(part) else None for part in known[order].tensor_split(4)]
 
 
 # The links that take lam, and what a weight of 1 is in lam: beta then means what it means in DPO (the slope of

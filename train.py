@@ -12,7 +12,7 @@ dispersion index; no second model is in memory.  The file reads from the method 
     3. settings and flags               Config, parse_flags
     4. the job                          fit: from a folder and a file to a trained folder
     5. processes                        World: one, or many under torchrun
-    6. the optimiser                    Run.update_weights, AdamW
+    6. the optimiser                    AdamW
     7. the run's folder                 lock, JSON and logs, reference file, checkpoints, resuming, final save
     8. the demo, 9. the command line
 """
