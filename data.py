@@ -1,8 +1,9 @@
 """Preference records -> checked, tokenised pairs -> a fixed schedule of packed rows.
 
-A record is an object of JSON with "prompt", "chosen", "rejected", see FORMS; "dispersion" (phi in (0, 1]) and "votes"
-([for chosen, for rejected]) are optional.  Strings are used as they are; messages go through the tokenizer's own chat
-template.  Prompt and response meet between two tokens; the token that ends a response is scored, once.
+A record is an object of JSON with "prompt", "chosen", "rejected", see FORMS; "dispersion" (phi in (0, 1]), "votes"
+([for chosen, for rejected]) and "scores" (a judge's, [of chosen, of rejected]) are optional.  Strings are used as they
+are; messages go through the tokenizer's own chat template.  Prompt and response meet between two tokens; the token that
+ends a response is scored, once.
 
     python data.py pairs.jsonl --model DIR          the data doctor: what is in it, what is wrong, what is scored
 """
@@ -58,6 +59,7 @@ class Record(NamedTuple):
     rejected: Text              # "" where there is none (sft)
     dispersion: float | None    # phi(x) that the data carries
     votes: list[int] | None     # how many people were for [chosen, rejected]
+    scores: list[float] | None  # how a judge or a reward model rates [chosen, rejected]
     form: str
 
 
@@ -80,7 +82,21 @@ def parse(item, need_rejected: bool = True) -> Record:
     if votes is not None and not (isinstance(votes, list) and len(votes) == 2 and any(votes)
                                   and all(type(count) is int and 0 <= count < 1 << 31 for count in votes)):
         raise BadData(f"'votes' is {votes!r}, not [for chosen, for rejected], two counts of which one is above 0")
-    return Record(prompt, *[*sides, ""][:2], phi, votes, form)
+    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), form)
+
+
+def _scores(item: dict) -> list[float] | None:
+    """The ratings of both responses: "scores", or "score_chosen" and "score_rejected" as UltraFeedback has them."""
+    pair = [item.get("score_chosen"), item.get("score_rejected")]
+    scores = item.get("scores", pair if pair != [None, None] else None)
+    if scores is None:
+        return None
+    if not (isinstance(scores, list) and len(scores) == 2 and all(type(x) in (int, float) and abs(x) < 1e30
+                                                                 for x in scores)):
+        raise BadData(f"its scores are {scores!r:.200}, not numbers of [chosen, rejected]")
+    if pair not in ([None, None], scores):
+        raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {pair}")
+    return scores
 
 
 def plain(text: Text) -> str:
@@ -427,6 +443,7 @@ class Pair(NamedTuple):
     dispersion: float | None
     where: str                   # file:line
     votes: list[int] | None = None
+    scores: list[float] | None = None
 
     def cost(self) -> int:
         """Tokens in a row: the prompt once, each response without its last token, from which nothing is predicted."""
@@ -477,7 +494,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
                skip_bad: bool = False, need_rejected: bool = True, needed: str | None = None) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
-    max_tokens bounds prompt + response; `needed` is a field that every record must have ("dispersion", "votes").
+    max_tokens bounds prompt + response; `needed` is a field that every record must have ("votes", for example).
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
     max_dropped of the pairs does not fit, and if nothing is left.
     """
@@ -494,7 +511,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
             continue
         cut += len(prompt) < len(ids[0])
         arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
-        pairs.append(Pair(*arrays, record.dispersion, where, record.votes))
+        pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores))
         if needed and getattr(record, needed) is None:
             raise BadData(f"{where}: no {needed!r}; this --dispersion needs it in every record")
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
@@ -595,7 +612,8 @@ class Split:
 
     def digest(self) -> str:
         """A hash of all that a run takes from the records."""
-        parts = (pair.digest() + f"{pair.dispersion} {pair.votes}".encode() for pair in self.pairs)
+        parts = (pair.digest() + f"{pair.dispersion} {pair.votes} {pair.scores}".removesuffix(" None").encode()
+                 for pair in self.pairs)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def set_reference(self, scores: dict, vocab_size: int) -> None:

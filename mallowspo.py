@@ -138,6 +138,15 @@ def count_clamped(index: Tensor) -> int:
     return int(((index < low) | (index > high)).sum())
 
 
+def phi_of_scores(scores: Tensor, training: Tensor) -> Tensor:
+    """(P, 2) ratings of the chosen and of the rejected response by a judge -> (P,) phi = exp(-|gap| / usual gap).
+
+    Ours, by Bradley and Terry: the log-odds that a person agrees with another are proportional to the gap, whichever
+    response it favours.  Their unit is arbitrary: training (Q, 2) sets the usual gap, the mean of its gaps."""
+    usual = training.double().diff(dim=-1).abs().mean().clamp(min=1e-30)
+    return torch.exp(-scores.double().diff(dim=-1)[..., 0].abs() / usual)
+
+
 class Trust(NamedTuple):
     """How far the pairs bear an index out; the field names are those of the model in fit_trust."""
     kappa: float               # the power of -log H that fits them; 0: the index says nothing, below: the opposite

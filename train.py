@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -68,8 +69,9 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], world:
     return mallowspo.objective(method, logp, split.ref_logp[at], row.length, split.weight[at])
 
 
-def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], bool]:
-    """One step of the optimiser -> its figures, and whether a signal asks to stop, here or on another rank."""
+def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float], bool]:
+    """One step of the optimiser -> its figures, the accuracy of every pair of the batch before the step, and whether a
+    signal asks to stop, here or on another rank."""
     batch, world = split.schedule.batch(step), run.world                # pairs of all ranks, by number
     rows = split.schedule.rows(step, world.rank, world.size)            # of this rank; all ranks have equally many
     outcomes = []
@@ -83,16 +85,19 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], boo
         outcomes.append(torch.stack(outcome).detach())                  # (7, B)
         del outcome, loss                                               # or this row's logits stay beside the next's
     outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
-    n, places = len(outcomes), [batch.index(i) for indices in rows for i in indices]
-    total = torch.zeros(n + 1 + len(batch), device=world.device)        # sums, a signal, which losses are finite
-    total[:n] = outcomes.sum(1)
-    total[n:n + 1] = bool(run.signals)                                  # (total[n] would wait for a GPU, a slice not)
-    total[n + 1:][to_device(places, world.device)] = torch.isfinite(outcomes[0]).float()
-    values = world.sum_over_ranks(total).tolist()
-    bad = [i for i, finite in zip(batch, values[n + 1:]) if not finite]
+    places = to_device([batch.index(i) for indices in rows for i in indices], world.device)
+    sums = torch.zeros(len(outcomes) + 1, device=world.device)          # of the fields of Outcome; and signals
+    sums[:-1] = outcomes.sum(1)
+    sums[-1:] = bool(run.signals)                                       # (sums[-1] would wait for a GPU, a slice not)
+    of_pairs = torch.zeros(2, len(batch), device=world.device)          # is the loss finite; the accuracy
+    of_pairs[0, places] = torch.isfinite(outcomes[0]).float()
+    of_pairs[1, places] = outcomes[1].nan_to_num(0.5)
+    *values, signals = world.sum_over_ranks(sums).tolist()
+    finite, accuracy = world.sum_over_ranks(of_pairs).tolist()
+    bad = [i for i, sound in zip(batch, finite) if not sound]
     figures = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
     norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
-    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, bool(values[n])
+    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy, bool(signals)
 
 
 def train(run: Run, split: Split, held_out: Split | None) -> None:
@@ -106,8 +111,12 @@ def train(run: Run, split: Split, held_out: Split | None) -> None:
             break
         began = time.perf_counter()
         run.optimizer.lr = learning_rate(cfg, step, split.steps)
-        figures, stop = train_step(run, split, step)
+        figures, accuracy, stop = train_step(run, split, step)
         run.log_step(split, step, figures, began)
+        if 0 < step < split.schedule.steps_per_epoch:                   # in step 0 the policy is the reference
+            run.state["agrees"] += accuracy
+            if cfg.power == "learn":
+                weigh_prompts(cfg, [split, held_out] if held_out else [split], run.state)
         if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):      # 0: never
             save_checkpoint(run, step + 1)
         if stop:
@@ -117,14 +126,18 @@ def train(run: Run, split: Split, held_out: Split | None) -> None:
 
 @torch.no_grad()
 def evaluate(model: Transformer, method: Method, held_out: Split, world: World) -> dict[str, float]:
-    """Means of the outcome over all held-out pairs, each of which is in one row of one rank."""
+    """Means of the outcome over all held-out pairs, each of which is in one row of one rank; and the accuracy in each
+    quarter of them, by the dispersion index."""
     total = torch.zeros(len(Outcome._fields), device=world.device)
+    accuracy = torch.zeros(len(held_out.pairs), device=world.device)
     for step in range(held_out.steps):
         for row in held_out.schedule.rows(step, world.rank, world.size):
             outcome = score_pairs(model, method, held_out, row, world)
             total += torch.stack([value.sum() for value in outcome])    # (7,)
+            accuracy[to_device(row, world.device)] = outcome.accuracy
     means = world.sum_over_ranks(total) / len(held_out.pairs)
-    return dict(zip(Outcome._fields, means.tolist()))
+    quarters = mallowspo.accuracy_by_quartile(world.sum_over_ranks(accuracy), held_out.index)
+    return {**dict(zip(Outcome._fields, means.tolist())), "accuracy_by_quartile": quarters}
 
 
 DECAYS = {"cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "linear": lambda t: 1 - t, "constant": lambda t: 1.0}
@@ -198,36 +211,83 @@ def fingerprint(model: Transformer, world: World) -> str:
     return digest.hexdigest()
 
 
-# What --dispersion may take from each record: its field, and the phi that the field's values stand for.
-RECORD_PHI = {"field": ("dispersion", lambda phi: phi),
-              "votes": ("votes", lambda votes: mallowspo.lam_of_votes(votes).neg().exp())}           # (P, 2) -> (P,)
+# What --dispersion may take from each record: its field, and the phi that its values stand for, given those of the
+# training pairs.
+RECORD_PHI = {"field": ("dispersion", lambda phi, training: phi),
+              "votes": ("votes", lambda votes, training: mallowspo.lam_of_votes(votes).neg().exp()),  # (P, 2) -> (P,)
+              "scores": ("scores", mallowspo.phi_of_scores)}
 
 
-def prompt_weights(cfg: Config, model: Transformer, key: str, split: Split, held_out: Split | None,
-                   world: World) -> float | None:
-    """The reference pass, and from it the weight of every prompt; returns phi_star, which the training pairs decide."""
-    method, power, splits = cfg.method, cfg.dispersion_power, [split, held_out] if held_out else [split]
+def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: dict, world: World) -> None:
+    """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on."""
+    method = cfg.method
     if method.link and (method.alpha or method.dispersion == "entropy"):
         path = Path(cfg.reference or Path(cfg.out) / "reference.safetensors")
-        scores = score_reference(model, path, key, splits, world)
+        scores = score_reference(model, path, state["run"]["model_sha256"], splits, world)
         for each in splits:
             each.set_reference(scores, model.config.vocab_size)
     if method.dispersion == "constant":
-        return None
+        return
     if method.dispersion in RECORD_PHI:
         name, to_phi = RECORD_PHI[method.dispersion]
-        for each in splits:
-            each.index = to_phi(torch.tensor([getattr(pair, name) for pair in each.pairs])).float()
-    seen = split.index[split.visited()]
+        values = [torch.tensor([getattr(pair, name) for pair in each.pairs]) for each in splits]
+        for each, value in zip(splits, values):
+            each.index = to_phi(value, values[0]).float()
+    weigh_prompts(cfg, splits, state)
+    visited, how = splits[0].visited(), "given" if cfg.phi_star else "calibrated"
+    weight, clamped = splits[0].weight[visited], mallowspo.count_clamped(splits[0].index[visited])
+    learned = " so far, learned from the pairs" if cfg.power == "learn" else ""
+    world.say(f"dispersion  power {state['run']['dispersion_power']:.2f}{learned}; phi_star "
+              f"{state['run']['phi_star']:.4f} ({how}), weights {weight.min():.2f} to {weight.max():.2f}, mean "
+              f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
+
+
+def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
+    """The weight of every prompt, with mean 1 over those of splits[0], which are trained on.  A power that is learned
+    is the one that the pairs visited so far bear out: it follows from the steps behind, so that resuming is exact."""
+    power, seen = cfg.power, splits[0].index[splits[0].visited()]
+    if power == "learn":
+        low, high = mallowspo.POWERS
+        power = min(max(trust_so_far(splits[0], state).kappa, low), high)
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, power)
     for each in splits:
-        each.weight = mallowspo.dispersion_weight(each.index, phi_star, power).to(world.device)
-    weight = mallowspo.dispersion_weight(seen, phi_star, power)
-    source = "given" if cfg.phi_star else "calibrated"
-    world.say(f"dispersion  phi_star {phi_star:.4f} ({source}), weights {weight.min():.2f} to {weight.max():.2f}, mean "
-              f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {mallowspo.count_clamped(seen)} of "
-              f"{len(seen):,} indices clamped")
-    return phi_star
+        each.weight = mallowspo.dispersion_weight(each.index, phi_star, power).to(each.weight.device)
+    state["run"].update(dispersion_power=power, phi_star=phi_star)
+
+
+def first_visits(split: Split, state: dict) -> tuple[Tensor, Tensor]:
+    """Of the pairs that were visited after step 0, in order: whether the policy got them right when it met them, which
+    is what fit_trust asks, and their index."""
+    order = [i for step in split.first_epoch()[1:] for i in split.schedule.batch(step)]
+    return torch.tensor(state["agrees"]), split.index[order[:len(state["agrees"])]]
+
+
+def trust_so_far(split: Split, state: dict) -> mallowspo.Trust:
+    return mallowspo.fit_trust(*first_visits(split, state))
+
+
+def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
+    """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
+    agrees, index = first_visits(split, state)
+    if not len(agrees) or index.isnan().all():
+        return None
+    found, quarters = mallowspo.fit_trust(agrees, index), mallowspo.accuracy_by_quartile(agrees, index)
+    meaning = "nothing shows that the index tells where people agree here"
+    if abs(found.kappa) > 2 * found.se:
+        meaning = "the index orders these pairs by agreement"
+        if found.kappa < 0:
+            meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
+    power = state["run"]["dispersion_power"]
+    if cfg.method.dispersion == "constant":
+        used = "the run did not use it"
+    elif power == 0:
+        used = "at the end all weights were 1"
+    else:
+        used = f"at the end its power was {power:.2f}"
+    right = " ".join(f"{share:.3f}" for share in quarters if share is not None)
+    return {"kappa": found.kappa, "se": found.se, "c": found.c, "pairs": len(agrees), "accuracy_by_quartile": quarters,
+            "meaning": f"{meaning}: trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by "
+                       f"quartile of the index, least agreement first, {right}; {used}"}
 
 
 def dispersion_entries(method: Method, split: Split):
@@ -264,7 +324,8 @@ VALUES = [          # flags, what their values must fulfil, and in words
      lambda v: 0 < v < math.inf, "be a number above 0"),
     ("eval_pairs save_every samples sample_tokens sft lora_rank", lambda v: 0 <= v < math.inf,
      "be a number, 0 or above"),
-    ("warmup dispersion_power alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
+    ("warmup alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
+    ("dispersion_power", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1], "be learn, or from 0 to 8"),
     ("margin", math.isfinite, "be a number"),
     ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
 ]
@@ -280,14 +341,15 @@ class Config:
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags up to --sft change it")
-    dispersion: Literal["constant", "entropy", "field", "votes"] | None = flag(None, "source of a prompt's weight")
+    dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
     beta: float | None = flag(None, "pull to the reference")
     alpha: float | None = flag(None, "share of the reference in the reward")
     eta: float | None = flag(None, "1: log-ratios per token")
     margin: float | None = flag(None, "lead that the chosen response must have")
     sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood")
     phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
-    dispersion_power: float = flag(1.0, "1: the paper; less shrinks the index towards DPO, which is 0")
+    dispersion_power: float | Literal["learn"] | None = flag(
+        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)")
     lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
     lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
     lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
@@ -343,6 +405,10 @@ class Config:
         refuse(self.resume and alone, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
         refuse(self.method.link is None and source != "constant",
                f"--dispersion {source} has no meaning for --loss {self.loss}")
+        refuse(source == "constant" and self.power == "learn",
+               f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
+        refuse(self.power == "learn" and self.phi_star,
+               "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
         refuse(not alone and Path(self.model).resolve() == Path(self.out).resolve(),
                f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
         refuse(self.reference and Path(self.reference).is_dir(),
@@ -355,6 +421,13 @@ class Config:
         """The row of LOSSES, changed by the flags that were given."""
         given = {name: getattr(self, name) for name in Method._fields[1:]}
         return LOSSES[self.loss]._replace(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def power(self) -> float | str:
+        """--dispersion-power; a scale as arbitrary as that of scores is learned, if nothing else is said."""
+        if self.dispersion_power is None:
+            return "learn" if self.method.dispersion == "scores" else 1.0
+        return self.dispersion_power
 
 
 def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
@@ -383,12 +456,22 @@ def flag_kind(hint) -> dict:
     """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
-        return flag_kind(inner[0])
+        words = [word for option in inner[1:] for word in typing.get_args(option)]
+        first = flag_kind(inner[0])
+        return {"type": functools.partial(number_or_word, words)} if words else first
     if kind is tuple:
         return {"nargs": "+", **flag_kind(inner[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"choices": inner} if kind is Literal else {"type": hint}
+
+
+def number_or_word(words: list[str], text: str) -> float | str:
+    """An argparse type."""
+    try:
+        return text if text in words else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor {' or '.join(words)}") from None
 
 
 def config_flags(path: str) -> list[str]:
@@ -432,7 +515,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", wait=False)).name)
         world.on_rank0(refuse_small_disk, cfg, model)
         record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False,
-                  "phi_star": None, "steps": split.steps, "pairs": len(split.pairs), "held_out": 0,
+                  "phi_star": None, "dispersion_power": 0.0, "trust": None,
+                  "steps": split.steps, "pairs": len(split.pairs), "held_out": 0,
                   "model_sha256": fingerprint(model, world), "data_sha256": split.digest(), "eval_data_sha256": None,
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "numpy": np.__version__}}
@@ -441,7 +525,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        record["phi_star"] = prompt_weights(cfg, model, record["model_sha256"], split, held_out, world)
+        prompt_weights(cfg, model, [split, held_out] if held_out else [split], state, world)
         if world.rank == 0:
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
             write_json(out / "run.json", record)
@@ -456,6 +540,9 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
                 {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
                 for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
         save_weights(cfg, model, out, world)
+        record["trust"] = verdict(cfg, split, state)
+        if record["trust"]:
+            world.say(f"verdict     {record['trust']['meaning']}")
         if world.rank == 0:
             write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
             remove(checkpoints(out))
@@ -604,6 +691,7 @@ class Run:
         method, batch, now = self.cfg.method, split.schedule.batch(step), time.perf_counter()
         tokens = sum(split.schedule.costs[i] for i in batch)
         entry = {"step": step, **figures, "weight": split.weight[batch].mean().item(),
+                 "dispersion_power": self.state["run"]["dispersion_power"],
                  "pairs_per_second": len(batch) / (now - began), "tokens_per_second": tokens / (now - began),
                  "memory_gib": peak_memory(self.world), "seconds": now - self.started}
         append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
@@ -783,7 +871,7 @@ class AdamW:
 
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
               "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
-STATE = {"step": int, "seconds": float, "skipped": list, "scaler": dict, "run": dict, "sha256": dict}
+STATE = {"step": int, "seconds": float, "skipped": list, "agrees": list, "scaler": dict, "run": dict, "sha256": dict}
 SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
@@ -978,7 +1066,7 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
         why = "; there is no checkpoint" if cfg.resume else "; in place of the finished run" if finished else ""
         print(f"start       at step 0{why}")
         write_json(out / "run.json", record)                       # from now on the folder is this run's
-        return {"step": 0, "seconds": 0.0, "skipped": [], "run": record}
+        return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
     wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
     refuse(wrong or state.get("step", 0) < 0,
            f"--resume: {where} says nothing usable of {', '.join(wrong) or 'step'}; remove the folder")

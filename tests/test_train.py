@@ -127,7 +127,7 @@ def test_processes_and_rows_change_nothing(trained, run, make_model, pairs, held
 def test_a_short_last_batch_over_more_processes_than_pairs(run, make_model, tmp_path, population):
     write_jsonl(tmp_path / "five.jsonl", population.judgements(5, 0))
     flags = ["--model", make_model(), "--data", tmp_path / "five.jsonl", "--batch-size", 4, "--epochs", 2,
-             "--samples", 0, "--lr", 1e-5]
+             "--samples", 0, "--lr", 3e-6]
     for processes in (1, 2):
         done = run("train.py", *flags, "--out", tmp_path / str(processes), processes=processes)
         assert done.returncode == 0, done.stderr
@@ -226,7 +226,7 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--lr", "nan"], "--lr is nan"), (["--margin", "inf"], "--margin is inf"), (["--eta", "-1"], "--eta is -1.0"),
     (["--model", ""], "--model is '', it must not be empty"), (["--eval-data", "x", "--eval-pairs", 3], "one of them"),
     (["--batch-size", "0"], "--batch-size is 0"),
-    (["--dispersion-power", "2"], "--dispersion-power is 2.0"), (["--max-tokens", "5000"], "made for 128 positions"),
+    (["--dispersion-power", "9"], "--dispersion-power is 9.0"), (["--max-tokens", "5000"], "made for 128 positions"),
     (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
     (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
