@@ -13,6 +13,7 @@ The file: 1. who beats whom -> 2. the engine -> 3. the experiments -> 4. real ra
 words, the population of train.py's demo -> 6. what to run, to print and to draw.
 """
 import argparse
+import itertools
 import json
 import math
 import re
@@ -707,9 +708,14 @@ class Population:
             yield question, self.prompt(ASKERS[names[i]], question), rankings[question][turn]
 
     def favourites(self, count: int, seed: int) -> Iterator[dict]:
-        """What members answer when asked: the favourite of each.  The reference learns from these."""
-        for question, prompt, ranks in self._asked(count, seed):
+        """What members answer when asked: the favourite of each.  The reference learns from these, and from words that
+        answer nothing: all of them, as it would not know that an answer ends which nobody gives."""
+        words = [word for answers in self.answers for word in answers]
+        for i, (question, prompt, ranks) in enumerate(self._asked(count, seed)):
             yield {"prompt": prompt, "chosen": " " + self.answers[question][int(ranks.argmin())]}
+            turn, rest = divmod(i, 4)
+            if rest == 0:
+                yield {"prompt": f"{ASKERS[turn % len(ASKERS)]} says:", "chosen": " " + words[turn % len(words)]}
 
     def judgements(self, count: int, seed: int) -> Iterator[dict]:
         """Two answers, drawn evenly, judged by a random member; with the true dispersion of the question."""
@@ -721,8 +727,9 @@ class Population:
             yield {"prompt": prompt, "chosen": " " + self.answers[question][better],
                    "rejected": " " + self.answers[question][worse], "dispersion": self.phi[question].item()}
 
-    def measure(self, logp: Tensor, ref_logp: Tensor) -> dict[str, Tensor]:
-        """What a policy does to this population: exact sums over the answers, (Q,) the mean over the names.
+    def measure(self, logp: Tensor, ref_logp: Tensor) -> dict[str, float]:
+        """What a policy does to this population: exact sums over the answers, means over the names and questions, of
+        the KL also over the agreed and over the disputed half of the questions.
 
         logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name.
         """
@@ -741,7 +748,9 @@ class Population:
             "entropy": -(p.exp() * p).sum(-1),
             "elsewhere": 1 - logp.double().exp().sum(-1),       # probability of anything but the six answers
         }
-        return {name: value.mean(-1) for name, value in found.items()}
+        found = {name: value.mean(-1) for name, value in found.items()}                 # (Q,)
+        found["kl_agreed"], found["kl_disputed"] = found["kl"].chunk(2)
+        return {name: value.mean().item() for name, value in found.items()}
 
     def best_accuracy(self) -> float:
         """The reward accuracy of the consensus order: no ranking agrees with more people."""
@@ -750,7 +759,7 @@ class Population:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """A byte-level BPE in which each of these words is a token, as the files of a Hugging Face folder."""
-        texts = [self.prompt(name, question) + " " + " ".join(words)
+        texts = [f"{self.prompt(name, question)} {' '.join(words)}\n{name} says:"
                  for question, words in enumerate(self.answers) for name in ASKERS + NEW_ASKERS]
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -764,17 +773,16 @@ class Population:
 
 
 # Methods are compared where they have moved equally far from the reference: at these KLs, nats.
-MATCHED_KL = (0.1, 0.2)
+MATCHED_KL = (0.15, 0.2)
 # Which way is good, and what is no difference: about the standard deviation over seeds (tests/demo_seeds.py).
-MEASURES = {"win_rate": (+1, 0.002), "consensus_rank": (-1, 0.02), "reward_accuracy": (+1, 0.01)}
+MEASURES = {"win_rate": (+1, 0.001), "consensus_rank": (-1, 0.01), "reward_accuracy": (+1, 0.005)}
 
 
-def report(population: Population, methods: dict, records: list[dict]) -> tuple[dict, str]:
-    """Compare the methods at MATCHED_KL: the content of report.json, and a text.
+def report(population: Population, runs: list[dict], records: list[dict]) -> tuple[dict, str]:
+    """Compare methods that were trained with several betas: the content of report.json, and a text.
 
-    methods: name -> [(step, what Population.measure says)]; records: the rows of a run's dispersion.jsonl.
+    runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl.
     """
-    paths = {method: averages(path) for method, path in methods.items()}
     seen = [[] for _ in population.phi]
     for record in records:
         line = int(record["where"].rpartition(":")[2]) - 1         # the file asks the questions in turn
@@ -785,51 +793,45 @@ def report(population: Population, methods: dict, records: list[dict]) -> tuple[
     true_ranks = np.argsort(np.argsort(population.phi.numpy()[known]))
     correlation = float(np.corrcoef(ranks, true_ranks)[0, 1])      # Spearman's
     content = {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
-               "index": index, "questions": population.questions, "methods": paths}
-    head = (f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names "
-            "never trained on; all figures are exact sums\n"
-            f"rank correlation of the dispersion index with the true phi: {correlation:.3f}\n"
-            f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}")
-    return content, "\n\n".join([head, *(compare_at(kl, paths) for kl in MATCHED_KL)])
+               "index": index, "questions": population.questions, "runs": runs}
+    lines = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names "
+             "never trained on; all figures are exact sums",
+             f"rank correlation of the dispersion index with the true phi: {correlation:.3f}",
+             f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}\n",
+             "method               beta  power      KL  (agreed | disputed)  win rate  consensus rank  reward accuracy"
+             "  elsewhere"]
+    for run in runs:
+        lines.append("{method:<19} {beta:>5}  {power:>5.2f}  {kl:>6.3f}  {kl_agreed:>7.3f} | {kl_disputed:<8.3f}  "
+                     "{win_rate:>8.4f}  {consensus_rank:>14.3f}  {reward_accuracy:>15.4f}  {elsewhere:>9.3f}"
+                     .format(**run))
+    return content, "\n".join([*lines, *(compare_at(kl, runs) for kl in MATCHED_KL)])
 
 
-def averages(path: list[tuple[int, dict[str, Tensor]]]) -> dict[str, list[float]]:
-    """The measures along a path of steps: means over all questions, or the agreed and the disputed half."""
-    series = {key: torch.stack([measures[key] for _, measures in path]) for key in path[0][1]}     # (steps, Q)
-    for key in ("kl", "entropy"):
-        series[f"{key}_agreed"], series[f"{key}_disputed"] = series[key].chunk(2, -1)
-    return {"step": [step for step, _ in path], **{key: x.mean(-1).tolist() for key, x in series.items()}}
-
-
-def compare_at(kl: float, paths: dict[str, dict[str, list[float]]]) -> str:
-    """A table of all methods at one KL, and a sentence for each measure."""
-    lines = [f"at KL {kl} nats    step  win rate  consensus rank  reward accuracy  KL agreed | disputed"
-             "  entropy agreed | disputed"]
-    cells = ("{step:>5.0f}  {win_rate:>8.4f}  {consensus_rank:>14.3f}  {reward_accuracy:>15.4f}  {kl_agreed:>9.3f} | "
-             "{kl_disputed:<8.3f}  {entropy_agreed:>14.3f} | {entropy_disputed:.3f}")
-    reached = {name: at_kl(path, kl) for name, path in paths.items()}
+def compare_at(kl: float, runs: list[dict]) -> str:
+    """A line for each method but DPO: where it stands beside DPO at this KL."""
+    reached = {run["method"]: at_kl(runs, run["method"], kl) for run in runs}
+    dpo, lines = reached.pop("dpo", None), [f"\nbeside dpo at KL {kl} nats, between two betas"]
     for name, row in reached.items():
-        found = cells.format(**row) if row else "never went so far"
-        lines.append(f"{name:<15}  {found}")
-    dpo = reached.pop("dpo", None)
-    for key, (good, same) in MEASURES.items():
-        for name, row in reached.items():
-            if dpo and row:
-                change, verdict = row[key] - dpo[key], "worse than"
-                if abs(change) < same:
-                    verdict = "as good as"
-                elif good * change > 0:
-                    verdict = "better than"
-                lines.append(f"  {key.replace('_', ' ')}: {name} is {verdict} dpo ({change:+.4f})")
+        words = []
+        for key, (good, same) in MEASURES.items() if dpo and row else ():
+            change, verdict = row[key] - dpo[key], "worse"
+            if abs(change) < same:
+                verdict = "as good"
+            elif good * change > 0:
+                verdict = "better"
+            words.append(f"{key.replace('_', ' ')} {change:+.4f} ({verdict})")
+        lines.append(f"{name:<19} {', '.join(words) or 'not there, or dpo is not'}")
     return "\n".join(lines)
 
 
-def at_kl(path: dict[str, list[float]], kl: float) -> dict[str, float] | None:
-    """A path's figures where it first passes this KL, interpolated between two steps; None: it never does."""
-    for i, (low, high) in enumerate(zip(path["kl"], path["kl"][1:])):
-        if low <= kl < high:
-            t = (kl - low) / (high - low)
-            return {key: (1 - t) * values[i] + t * values[i + 1] for key, values in path.items()}
+def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
+    """A method's figures at this KL, interpolated between two betas, in the root of the KL, in which they are nearly
+    straight lines; None: it has no runs on both sides."""
+    path = sorted((run for run in runs if run["method"] == method), key=lambda run: run["kl"])
+    for low, high in itertools.pairwise(path):
+        if low["kl"] <= kl < high["kl"]:
+            t = (kl ** .5 - low["kl"] ** .5) / (high["kl"] ** .5 - low["kl"] ** .5)
+            return {key: (1 - t) * low[key] + t * high[key] for key in low if key != "method"}
     return None
 
 
@@ -903,6 +905,12 @@ EXPERIMENTS = {
         Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs per file",
               "log-loss minus DPO's (mnat)", "x")], ("items", "index"), "pairs", "minus DPO", "minus DPO se"),
 }
+# The picture of train.py's demo, from the runs of report.json.
+DEMO_NAMES = {"mallows-phi-learn": "MallowsPO-phi, learned", "dpo": "DPO", "mallows-phi": "MallowsPO-phi"}
+DEMO_PANELS = [Panel("kl", "win_rate", "method", DEMO_NAMES, "KL from the reference (nats)",
+                     "win rate, average member"),
+               Panel("kl", "consensus_rank", "method", DEMO_NAMES, "KL from the reference (nats)",
+                     "place in the consensus (0 best)")]
 STYLES = [{"color": "#00633a", "marker": "o", "linestyle": "-", "linewidth": 3.5},
           {"color": "#f76707", "marker": "s", "linestyle": "--", "linewidth": 2.2},
           {"color": "#1864ab", "marker": "^", "linestyle": "-.", "linewidth": 2.2},

@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
 import mallowspo
-from bandit import NEW_ASKERS, Population, report
+from bandit import DEMO_PANELS, NEW_ASKERS, Population, draw, report
 from data import BadData, Pair, Split, Tokenizer, collate, find_model, hold_out, load_pairs, to_device
 from mallowspo import LOSSES, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
@@ -540,6 +540,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
                 {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
                 for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
         save_weights(cfg, model, out, world)
+        if cfg.power == "learn" and world.rank == 0:
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
         record["trust"] = verdict(cfg, split, state)
         if record["trust"]:
             world.say(f"verdict     {record['trust']['meaning']}")
@@ -1133,15 +1135,20 @@ def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> No
 # ---------------------------------------------------------------------------------------------------------------
 # 8. The demo: a population whose dispersion is known
 
-DEMO = {"lr": 8e-4, "steps": 220, "batch_size": 128, "log_every": 100, "max_tokens": 64, "tokens_per_row": 1024,
-        "samples": 3, "sample_tokens": 8, "save_every": 0}
-DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+DEMO = {"lr": 1e-3, "warmup": 0.5, "steps": 150, "batch_size": 128, "log_every": 50, "max_tokens": 64,
+        "tokens_per_row": 1024, "samples": 3, "sample_tokens": 8, "save_every": 0,
+        "sft": 0.005}                                # else the policies give up to a tenth to what answers nothing
+DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": False, "hidden_act": "silu"}
+DEMO_METHODS = {"dpo": {"loss": "dpo"}, "mallows-phi": {"loss": "mallows-phi"},
+                "mallows-phi-learn": {"loss": "mallows-phi", "dispersion_power": "learn"}}
+DEMO_BETAS = (0.25, 0.5, 1.0)
 
 
 def demo(cfg: Config, chosen: bool, world: World) -> None:
-    """Make a population, a reference that answers as its members do, and train on what members prefer."""
+    """Make a population and a reference that answers as its members do, train on what members prefer by each method
+    and with several betas until it stops, and compare them where they have gone equally far."""
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
@@ -1158,27 +1165,34 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     world.barrier()
     world.say("--- the reference: a small model learns what the members of the population answer")
     start = Config(**{**DEMO, "model": str(folder / "untrained"), "data": [str(folder / "favourites.jsonl")],
-                      "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "steps": 400, "batch_size": 64,
-                      "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
+                      "out": str(folder / "reference"), "loss": "sft", "sft": 1.0, "lr": 4e-3, "warmup": 0.1,
+                      "steps": 400, "batch_size": 64, "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
     fit(start, world)
-    methods = {}
-    for loss in [cfg.loss] if chosen else ["dpo", "mallows-theta", "mallows-phi"]:
-        world.say(f"\n--- {loss}: the policy learns what the members prefer")
-        path = []
-        job = dataclasses.replace(cfg, model=start.out, data=[str(folder / "pairs.jsonl")], loss=loss,
-                                  out=str(out / loss), reference=str(folder / "reference.safetensors"))
-        every = max(1, (cfg.steps or 50) // 50)
+    tokenizer, runs, methods = Tokenizer(start.out), [], {cfg.loss: {}} if chosen else DEMO_METHODS
+    world.say(f"\n--- the policies learn what the members prefer: {', '.join(methods)}")
+    for name, settings in methods.items():
+        for beta in [cfg.beta] if cfg.beta else DEMO_BETAS:
+            job = dataclasses.replace(cfg, model=start.out, data=[str(folder / "pairs.jsonl")], beta=beta,
+                                      out=str(out / f"{name}-{beta}"), reference=str(folder / "reference.safetensors"),
+                                      **settings)
+            logp = []
 
-        def watch(step, model, path=path, every=every):
-            if step % every == 0 and world.rank == 0:
-                path.append((step, answer_logp(model, population, Tokenizer(start.out), world)))
-        fit(job, world, watch)
-        methods[loss] = [(step, population.measure(logp, path[0][1])) for step, logp in path]
+            def watch(step, model, steps=job.steps, logp=logp):
+                if step in (0, steps):
+                    logp.append(answer_logp(model, population, tokenizer, world))
+            # What a run says of itself is shown once.
+            with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():
+                fit(job, world, watch)
+            record = world.on_rank0(read_json, Path(job.out) / "run.json")
+            runs.append({"method": name, "beta": beta, "power": record["dispersion_power"],
+                         **population.measure(logp[-1], logp[0])})
+            world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
     if world.rank == 0:
-        lines = (out / next(iter(methods)) / "dispersion.jsonl").read_text().splitlines()
-        content, text = report(population, methods, [json.loads(line) for line in lines])
+        lines = (Path(job.out) / "dispersion.jsonl").read_text().splitlines()
+        content, text = report(population, runs, [json.loads(line) for line in lines])
         write_json(out / "report.json", content)
-        print(f"\n{text}\n\nwritten to {out / 'report.json'}, along the whole path of steps")
+        print(f"\n{text}\n\nwritten to {out / 'report.json'}")
+        draw(runs, DEMO_PANELS, out / "report.png")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 import mallowspo
-from mallowspo import LINKS, LOSSES, Method, lam_of_votes, objective, pair_probability
+from mallowspo import LINKS, LOSSES, Method, fit_trust, lam_of_votes, objective, pair_probability
 
 
 def enumerate_kendall(n, phi):
@@ -225,6 +225,74 @@ def test_lam_from_votes_against_quadrature():
         exact = [[mean(*pair) for pair in row] for row in votes.tolist()]
     assert torch.allclose(lam_of_votes(votes), torch.tensor(exact, dtype=torch.float64), rtol=1e-4)
     assert lam_of_votes(votes)[0, 0] == pytest.approx(1, abs=1e-3), "without votes the mean of the prior"
+
+
+# --- how far the index may be trusted -----------------------------------------------------------------------
+
+def simulate_agreement(seed, pairs, kappa, c):
+    """Indices, and whether the policy got the pairs right, by the model in fit_trust."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.rand(pairs, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+    x = (-index.log()).log()
+    right = torch.sigmoid(torch.exp(c + kappa * (x - x.mean())))
+    return torch.bernoulli(right, generator=generator), index
+
+
+@pytest.mark.parametrize("seed, kappa, c", [(0, 0, -1), (1, 1, 0), (2, 2.5, 0.5), (3, -1, 0), (4, 0.5, -3)])
+def test_trust_is_the_most_probable_one(seed, kappa, c):
+    """Its gradient vanishes there in 30 digits, and the standard error is that of the expected curvature."""
+    agrees, index = simulate_agreement(seed, 80, kappa, c)
+    found = fit_trust(agrees, index)
+    with mpmath.workdps(30):
+        x = [mpmath.log(-mpmath.log(mpmath.mpf(h))) for h in index.tolist()]
+        x = [value - sum(x) / len(x) for value in x]
+
+        def slope(c, kappa):
+            odds = [mpmath.exp(c + kappa * value) for value in x]
+            parts = [(1 / (1 + mpmath.exp(-o)) - y) * o for o, y in zip(odds, agrees.tolist())]
+            return sum(parts) + c / 4, sum(p * value for p, value in zip(parts, x)) + kappa
+
+        exact = mpmath.findroot(slope, (found.c, found.kappa))
+        odds = [mpmath.exp(exact[0] + exact[1] * value) for value in x]
+        bend = [o ** 2 / (1 + mpmath.exp(-o)) / (1 + mpmath.exp(o)) for o in odds]
+        cross = sum(b * v for b, v in zip(bend, x))
+        information = sum(b * v * v for b, v in zip(bend, x)) + 1
+        se = (information - cross ** 2 / (sum(bend) + mpmath.mpf(1) / 4)) ** -0.5
+    assert (found.c, found.kappa) == pytest.approx([float(value) for value in exact], abs=1e-5)
+    assert found.se == pytest.approx(float(se), rel=1e-4)
+
+
+@pytest.mark.parametrize("kappa", [0, 1, 2.4])
+def test_known_trust_is_recovered(kappa):
+    found = [fit_trust(*simulate_agreement(seed, 5000, kappa, 0)) for seed in range(100)]
+    assert sum(abs(trust.kappa - kappa) < 2 * trust.se for trust in found) >= 90
+    assert abs(sum(trust.kappa for trust in found) / 100 - kappa) < 0.1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("agrees, index", [
+    (torch.ones(200), torch.rand(200)), (torch.zeros(200), torch.rand(200)), (torch.ones(0), torch.ones(0)),
+    (torch.arange(200) % 2, torch.full((200,), 0.3)), (torch.arange(10) % 3 > 0, torch.linspace(0.1, 0.9, 10)),
+    (torch.full((200,), 0.5), torch.rand(200)), (torch.arange(200) % 2, torch.arange(200) % 3 / 2.0),
+    (torch.ones(200), torch.full((200,), torch.nan))])
+def test_trust_in_hard_cases_stays_near_the_prior(agrees, index):
+    trust = fit_trust(agrees, index)
+    assert abs(trust.kappa) < 2 and abs(trust.c) < 8 and 0 < trust.se <= 1
+
+
+def test_accuracy_by_quartile_goes_from_disagreement_to_agreement():
+    index = torch.tensor([0.9, 0.1, torch.nan, 0.5, 0.3, 0.8, 0.2, 0.6, 0.4])
+    agrees = torch.tensor([0, 1, 0, 0.5, 1, 0, 1, 0, 1])
+    assert mallowspo.accuracy_by_quartile(agrees, index) == [0.0, 0.25, 1.0, 1.0]
+    assert mallowspo.accuracy_by_quartile(agrees[:1], index[:1]) == [0.0, None, None, None]
+
+
+def test_scores_count_by_their_gap_whatever_its_unit_and_sign():
+    scores = torch.tensor([[8.0, 5.0], [2.0, 3.0], [4.0, 4.0]])
+    phi = mallowspo.phi_of_scores(scores, scores)
+    assert phi.log().tolist() == pytest.approx([-9 / 4, -3 / 4, 0])
+    assert torch.allclose(mallowspo.phi_of_scores(100 * scores.flip(-1), 100 * scores), phi)
+    assert (mallowspo.phi_of_scores(torch.ones(3, 2), torch.ones(3, 2)) == 1).all(), "no gap anywhere"
 
 
 def test_the_snippet_runs_and_stands_in_the_readme():

@@ -75,6 +75,22 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
     assert "there is nothing to do" in capsys.readouterr().out
 
 
+def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
+    flags = dict(batch_size=4, dispersion_power="learn", loss="mallows-phi", save_every=3)     # ten steps in an epoch
+    job(out=str(tmp_path / "whole"), **flags, steps=12)
+    job(stop_at=4, **flags, steps=12)
+    assert len(json.loads((checkpoints(tmp_path / "out")[0] / "state.json").read_text())["agrees"]) == 4 * 4
+    job(resume=True, **flags, steps=12)
+    same(tmp_path / "whole", tmp_path / "out")
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "out"))
+    assert one["trust"] == two["trust"] and one["trust"]["pairs"] == 36
+    powers = [row["dispersion_power"] for row in rows_of(tmp_path / "out/metrics.jsonl")]
+    assert powers[:2] == [0, 0] and len(set(powers)) > 3, "refitted after each step of the first epoch"
+    assert powers[10] == powers[11] == one["dispersion_power"] == min(max(one["trust"]["kappa"], 0), 8)
+    weights = [row["weight"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]
+    assert sum(weights) / len(weights) == pytest.approx(1)
+
+
 def test_half_a_removed_checkpoint_is_no_obstacle(job, tmp_path):
     """As a run leaves it that is killed while it removes its last checkpoint."""
     job(stop_at=1)

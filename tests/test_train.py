@@ -226,7 +226,11 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--lr", "nan"], "--lr is nan"), (["--margin", "inf"], "--margin is inf"), (["--eta", "-1"], "--eta is -1.0"),
     (["--model", ""], "--model is '', it must not be empty"), (["--eval-data", "x", "--eval-pairs", 3], "one of them"),
     (["--batch-size", "0"], "--batch-size is 0"),
-    (["--dispersion-power", "9"], "--dispersion-power is 9.0"), (["--max-tokens", "5000"], "made for 128 positions"),
+    (["--dispersion-power", "9"], "--dispersion-power is 9.0"),
+    (["--dispersion-power", "a"], "'a' is not a number, nor learn"), (["--dispersion", "scores"], "no 'scores'"),
+    (["--dispersion-power", "learn", "--loss", "dpo"], "--loss dpo has no dispersion"),
+    (["--dispersion-power", "learn", "--phi-star", "1"], "--phi-star is for a power that is given"),
+    (["--max-tokens", "5000"], "made for 128 positions"),
     (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
     (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
@@ -345,18 +349,40 @@ def test_lora_trains_an_adapter_and_resumes_nothing_else(run, make_model, pairs,
     assert (tmp_path / "b/adapter/adapter_config.json").exists() and not (tmp_path / "b/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("source, name", [("votes", "votes"), ("field", "dispersion")])
-def test_the_dispersion_of_the_records(run, make_model, population, tmp_path, source, name):
-    records = [{**record, "votes": [3, i % 3]} for i, record in enumerate(population.judgements(24, seed=3))]
+@pytest.mark.parametrize("source", ["votes", "field", "scores"])
+def test_the_dispersion_of_the_records(run, make_model, population, tmp_path, source):
+    records = [{**record, "votes": [3, i % 3], "score_chosen": 5, "score_rejected": 1 + i % 3}
+               for i, record in enumerate(population.judgements(24, seed=3))]
     write_jsonl(tmp_path / "data.jsonl", records)
     done = run("train.py", "--model", make_model(), "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
-               "--loss", "mallows-phi", "--dispersion", source, *QUICK)
+               "--loss", "mallows-phi", "--dispersion", source, "--dispersion-power", 1, *QUICK)
     assert done.returncode == 0, done.stderr
     lam = {"votes": lambda r: mallowspo.lam_of_votes(torch.tensor(r["votes"])).item(),
+           "scores": lambda r: r["score_chosen"] - r["score_rejected"],
            "field": lambda r: -math.log(r["dispersion"])}[source]
     mean = sum(map(lam, records)) / len(records)
     for row in rows_of(tmp_path / "out/dispersion.jsonl"):
         assert row["weight"] == pytest.approx(lam(records[row["index"]]) / mean, rel=1e-4)
+
+
+def test_the_trust_in_the_index_is_learned(run, make_model, population, tmp_path):
+    """Scores are learned from if nothing else is said, over two processes as over one; the verdict says what it was."""
+    records = [{**record, "scores": [i % 5, 1]} for i, record in enumerate(population.judgements(48, seed=3))]
+    write_jsonl(tmp_path / "data.jsonl", records)
+    for processes in (1, 2):
+        done = run("train.py", "--model", make_model(), "--data", tmp_path / "data.jsonl", "--out",
+                   tmp_path / str(processes), "--dispersion", "scores", "--eval-pairs", 8, *QUICK, "--steps", 10,
+                   "--batch-size", 4, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"verdict     .*: trust [+-]\d\.\d\d \+- \d\.\d\d from 36 pairs", done.stdout)
+    same_run(tmp_path / "1", tmp_path / "2")
+    rows, record = rows_of(tmp_path / "1/metrics.jsonl"), json.loads((tmp_path / "1/run.json").read_text())
+    agrees = torch.tensor([row["accuracy"] for row in rows[1:]])
+    assert len(record["trust"]["accuracy_by_quartile"]) == 4 and record["trust"]["pairs"] == 36
+    assert sum(record["trust"]["accuracy_by_quartile"]) / 4 == pytest.approx(agrees.mean().item())
+    assert record["dispersion_power"] == min(max(record["trust"]["kappa"], 0), 8)
+    assert len({row["dispersion_power"] for row in rows}) > 3
+    assert len(rows_of(tmp_path / "1/evaluations.jsonl")[0]["accuracy_by_quartile"]) == 4
 
 
 def test_bfloat16_weights_move_at_small_rates():
