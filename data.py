@@ -619,17 +619,16 @@ class Split:
     def set_reference(self, scores: dict, vocab_size: int) -> None:
         """Take over what the reference said of the pairs that are visited: digest of a pair -> (logp, entropy), arrays
         over the tokens of chosen, then rejected."""
-        logp = torch.zeros(len(self.pairs), 2, dtype=torch.float64)
-        entropy = torch.full_like(logp, torch.nan)
+        logp, entropy = np.zeros((len(self.pairs), 2)), np.full((len(self.pairs), 2), np.nan)
         for i in self.visited():
             pair = self.pairs[i]
             found, end = scores[pair.digest()], len(pair.chosen)
             if len(found.logp) != end + len(pair.rejected):
                 raise BadData(f"{pair.where}: has more or fewer tokens than the reference's scores of it")
-            logp[i] = torch.tensor([half.sum(dtype=np.float64) for half in np.split(found.logp, [end])])
-            entropy[i] = torch.tensor([half.mean(dtype=np.float64) for half in np.split(found.entropy, [end])])
-        self.ref_logp = logp.to(self.ref_logp)                                            # (P, 2)
-        self.index = mallowspo.dispersion_index(entropy, vocab_size).float()              # (P,)
+            logp[i] = [half.sum(dtype=np.float64) for half in (found.logp[:end], found.logp[end:])]
+            entropy[i] = [half.mean(dtype=np.float64) for half in (found.entropy[:end], found.entropy[end:])]
+        self.ref_logp = torch.from_numpy(logp).to(self.ref_logp)                                      # (P, 2)
+        self.index = mallowspo.dispersion_index(torch.from_numpy(entropy), vocab_size).float()        # (P,)
 
 
 class PackedRow(NamedTuple):

@@ -292,11 +292,11 @@ def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
 
 def dispersion_entries(method: Method, split: Split):
     """What became of the dispersion of every pair that is visited, for dispersion.jsonl."""
-    phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight)).cpu()
+    phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight))
+    index, weight, phi = split.index.tolist(), split.weight.tolist(), phi.tolist()
     for i in split.visited():
-        if not math.isnan(split.index[i]):
-            yield {"index": i, "entropy": split.index[i].item(), "weight": split.weight[i].item(), "phi": phi[i].item(),
-                   "where": split.pairs[i].where}
+        if not math.isnan(index[i]):
+            yield {"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "where": split.pairs[i].where}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1168,24 +1168,16 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
                       "out": str(folder / "reference"), "loss": "sft", "sft": 1.0, "lr": 4e-3, "warmup": 0.1,
                       "steps": 400, "batch_size": 64, "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
     fit(start, world)
-    tokenizer, runs, methods = Tokenizer(start.out), [], {cfg.loss: {}} if chosen else DEMO_METHODS
+    runs, methods = [], {cfg.loss: {}} if chosen else DEMO_METHODS
     world.say(f"\n--- the policies learn what the members prefer: {', '.join(methods)}")
     for name, settings in methods.items():
         for beta in [cfg.beta] if cfg.beta else DEMO_BETAS:
             job = dataclasses.replace(cfg, model=start.out, data=[str(folder / "pairs.jsonl")], beta=beta,
                                       out=str(out / f"{name}-{beta}"), reference=str(folder / "reference.safetensors"),
                                       **settings)
-            logp = []
-
-            def watch(step, model, steps=job.steps, logp=logp):
-                if step in (0, steps):
-                    logp.append(answer_logp(model, population, tokenizer, world))
             # What a run says of itself is shown once.
             with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():
-                fit(job, world, watch)
-            record = world.on_rank0(read_json, Path(job.out) / "run.json")
-            runs.append({"method": name, "beta": beta, "power": record["dispersion_power"],
-                         **population.measure(logp[-1], logp[0])})
+                runs += fit_and_measure(name, job, population, world)[-1:]
             world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
     if world.rank == 0:
         lines = (Path(job.out) / "dispersion.jsonl").read_text().splitlines()
@@ -1193,6 +1185,19 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         write_json(out / "report.json", content)
         print(f"\n{text}\n\nwritten to {out / 'report.json'}")
         draw(runs, DEMO_PANELS, out / "report.png")
+
+
+def fit_and_measure(name: str, job: Config, population: Population, world: World, every: int = 0) -> list[dict]:
+    """Train; what the population says of the policy at the end, and before that after each so many steps."""
+    tokenizer, path = Tokenizer(job.model), {}
+
+    def watch(step, model):
+        if step in (0, job.steps) or (every and step % every == 0):
+            path[step] = answer_logp(model, population, tokenizer, world)
+    fit(job, world, watch)
+    record = world.on_rank0(read_json, Path(job.out) / "run.json")
+    about = {"method": name, "beta": job.beta, "power": record["dispersion_power"], "kappa": record["trust"]["kappa"]}
+    return [{**about, "step": step, **population.measure(logp, path[0])} for step, logp in path.items()]
 
 
 @torch.no_grad()

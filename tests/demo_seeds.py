@@ -1,75 +1,126 @@
-"""The demo over several seeds: means and standard errors of what its report says, and the picture of the README.
+"""The demo over several seeds, with more methods and with controls: what its report says, and the picture of the README.
 
-    python tests/demo_seeds.py --seeds 5 --out out/seeds                         about two minutes a seed
+    python tests/demo_seeds.py --seeds 5 --out out/seeds                               about seven minutes a seed
     python tests/demo_seeds.py --seeds 5 --out out/seeds --figure figures/demo.png     (needs matplotlib)
 
-Seeds whose report.json is there already are not run again.
+What is there already is not run again; --only N runs seed N alone, so that several can run side by side.
 """
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bandit import MATCHED_KL, MEASURES, at_kl  # noqa: E402
+import train  # noqa: E402
+from bandit import MEASURES, Population, at_kl  # noqa: E402
+
+ALONE = train.World(0, 1, torch.device("cpu"), torch.float32)
+PHI = {"loss": "mallows-phi"}
+MORE = {"mallows-theta": {"loss": "mallows-theta"},
+        "mallows-theta-learn": {"loss": "mallows-theta", "dispersion_power": "learn"},
+        "mallows-phi-true": {**PHI, "dispersion": "field"},                     # the population's own dispersions
+        "mallows-phi-shuffled": {**PHI, "dispersion": "field"},                 # the index, dealt out to other questions
+        "mallows-phi-shuffled-learn": {**PHI, "dispersion": "field", "dispersion_power": "learn"},
+        "ipo": {"loss": "ipo"}}
+EARLY = {**train.DEMO_METHODS, "mallows-phi-shuffled-learn": MORE["mallows-phi-shuffled-learn"]}
+KLS = (0.1, 0.15, 0.2)
 
 
-def reports(out: Path, seeds: int) -> list[dict]:
-    for seed in range(seeds):
-        if not (out / str(seed) / "report.json").exists():
-            flags = ["--seed", str(seed), "--out", out / str(seed)]
-            subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
-    return [json.loads((out / str(seed) / "report.json").read_text()) for seed in range(seeds)]
+def run_seed(out: Path, seed: int) -> None:
+    """The demo, and beside its runs those of MORE; and runs with a small beta, looked at on the way."""
+    if not (out / "report.json").exists():
+        flags = ["--seed", str(seed), "--out", out]
+        subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
+    torch.set_num_threads(1)
+    report, pairs = json.loads((out / "report.json").read_text()), out / "demo/pairs.jsonl"
+    order, shuffled = np.random.default_rng(seed).permutation(len(report["index"])), out / "demo/shuffled.jsonl"
+    records = [json.loads(line) for line in pairs.read_text().splitlines()]
+    train.write_jsonl(shuffled, ({**record, "dispersion": report["index"][order[i % len(order)]]}
+                                 for i, record in enumerate(records)))
+
+    def job(name: str, folder: str, beta: float, settings: dict) -> train.Config:
+        data = shuffled if "shuffled" in name else pairs
+        return train.Config(**{**train.DEMO, "model": str(out / "demo/reference"), "data": str(data), "seed": seed,
+                               "out": str(out / folder), "beta": beta, "device": "cpu",
+                               "reference": str(out / "demo/reference.safetensors"), **settings})
+
+    if not (out / "more.json").exists():
+        runs = []
+        for name, settings in MORE.items():
+            for beta in train.DEMO_BETAS:
+                beta = beta / 4 if name == "ipo" else beta
+                runs += quietly(name, job(name, f"{name}-{beta}", beta, settings), 0)[-1:]
+        train.write_json(out / "more.json", {"runs": runs})
+    if not (out / "early.json").exists():
+        paths = [quietly(name, job(name, f"early-{name}", 0.1, settings), 5) for name, settings in EARLY.items()]
+        train.write_json(out / "early.json", {"runs": [row for path in paths for row in path]})
 
 
-def mean_se(values) -> str:
+def quietly(name: str, cfg: train.Config, every: int) -> list[dict]:
+    with contextlib.redirect_stdout(None):
+        rows = train.fit_and_measure(name, cfg, Population(), ALONE, every)
+    print(f"{name}, beta {cfg.beta}: KL {rows[-1]['kl']:.3f}, power {rows[-1]['power']:.2f}", flush=True)
+    return rows
+
+
+def mean_se(values, digits: int = 4) -> str:
     values = np.array(values)
-    return f"{values.mean():+.4f} +- {values.std(ddof=1) / len(values) ** 0.5:.4f}"
+    return f"{values.mean():+.{digits}f} +- {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
-def table(found: list[dict]) -> None:
-    correlation = [r["dispersion_rank_correlation"] for r in found]
-    print(f"{len(found)} seeds; rank correlation of index and phi {min(correlation):.3f} to {max(correlation):.3f}")
-    for kl in MATCHED_KL:
-        print(f"\nat KL {kl} nats      " + "".join(f"{key.replace('_', ' '):>22}" for key in MEASURES))
-        at = {name: [at_kl(r["methods"][name], kl) for r in found] for name in found[0]["methods"]}
-        print(f"{'dpo':<18}" + "".join(f"{mean_se([row[key] for row in at['dpo']]):>22}" for key in MEASURES))
-        for name in list(at)[1:]:
-            print(f"{name + ' - dpo':<18}"[:22].ljust(18) + "".join(
-                f"{mean_se([a[key] - b[key] for a, b in zip(at[name], at['dpo'])]):>22}" for key in MEASURES))
+def table(title: str, found: list[list[dict]], kls: tuple) -> None:
+    """DPO at each KL, and the paired differences from it of the others; found: the rows of each seed."""
+    print(f"\n{title}; {len(found)} seeds")
+    methods = list(dict.fromkeys(row["method"] for row in found[0]))
+    for kl in kls:
+        print(f"\nat KL {kl:<26}" + "".join(f"{key.replace('_', ' '):>22}" for key in MEASURES))
+        dpo = [at_kl(rows, "dpo", kl) for rows in found]
+        print(f"{'dpo':<32}" + "".join(f"{mean_se([row[key] for row in dpo]):>22}" for key in MEASURES))
+        for name in methods:
+            both = [(at_kl(rows, name, kl), base) for rows, base in zip(found, dpo)]
+            both = [(row, base) for row, base in both if row and base]
+            cells = [mean_se([row[key] - base[key] for row, base in both]) for key in MEASURES if len(both) > 1]
+            if name != "dpo":
+                print(f"{name + ' - dpo':<28} {len(both):>2} " + "".join(f"{cell:>22}" for cell in cells))
 
 
-def figure(found: list[dict], path: Path) -> None:
-    """Left: the index of each question against its true dispersion.  Right: reward accuracy along the KL."""
+def figure(found: list[list[dict]], reports: list[dict], path: Path) -> None:
+    """Left: the weight of each question against its true dispersion.  Then win rate and consensus rank by KL."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
-    phi, index = found[0]["true_phi"], np.mean([r["index"] for r in found], 0)
-    weight = -np.log(index)
-    left.plot(phi, weight / weight.mean(), "o", color="black")
-    for q, (dx, dy, align) in {0: (0.02, 0.0, "left"), 7: (0.02, 0.02, "left"), 13: (0.01, 0.06, "left"),
-                               20: (0.0, 0.07, "center"), 23: (0.0, -0.09, "right")}.items():
-        left.annotate(found[0]["questions"][q], (phi[q], weight[q] / weight.mean()), ha=align,
-                      xytext=(phi[q] + dx, weight[q] / weight.mean() + dy))
-    left.set(xlabel="true dispersion phi of the question (1: people disagree)",
-             ylabel="weight in the loss (mean 1)", ylim=(0.6, None))
-    styles = {"dpo": ("0.45", "-"), "mallows-theta": ("tab:blue", "--"), "mallows-phi": ("tab:red", "-.")}
-    grid = np.linspace(0.01, 0.4, 60)
-    for name, (color, line) in styles.items():
-        rows = np.array([[(at_kl(r["methods"][name], kl) or {}).get("reward_accuracy", np.nan) for kl in grid]
-                         for r in found])
-        mean, se = rows.mean(0), rows.std(0, ddof=1) / len(found) ** 0.5
-        right.plot(grid, mean, line, color=color, label=name, linewidth=2)
-        right.fill_between(grid, mean - se, mean + se, color=color, alpha=0.15, linewidth=0)
-    right.set(xlabel="KL from the reference, nats", ylabel="share of people who agree\nwith the learned reward")
-    right.legend(frameon=False, loc="lower right")
+    fig, (left, *right) = plt.subplots(1, 3, figsize=(16, 4.8))
+    phi, index = np.array(reports[0]["true_phi"]), np.mean([r["index"] for r in reports], 0)
+    power = np.mean([row["power"] for rows in found for row in rows if row["method"] == "mallows-phi-learn"])
+    for exponent, color, label in ((1, "tab:blue", "the paper's (power 1)"), (power, "tab:red", "learned power")):
+        weight = (-np.log(index)) ** exponent
+        left.plot(phi, weight / weight.mean(), "o", color=color, label=label)
+    left.plot(phi, np.log(phi) / np.log(phi).mean(), color="0.6", label="true")
+    left.set(xlabel="true dispersion phi of the question", ylabel="weight in the loss (mean 1)")
+    left.legend(frameon=False)
+    styles = {"dpo": ("0.35", "o-", "DPO"), "mallows-phi": ("tab:blue", "s--", "MallowsPO-phi (the paper)"),
+              "mallows-phi-learn": ("tab:red", "D-.", "MallowsPO-phi, learned power")}
+    for axes, key, label in zip(right, ("consensus_rank", "win_rate"),
+                                ("place in people's common ranking", "win rate, average member")):
+        for name, (color, line, text) in styles.items():
+            rows = [[row for row in seed if row["method"] == name] for seed in found]
+            kl, value = (np.array([[row[k] for row in seed] for seed in rows]) for k in ("kl", key))
+            se = value.std(0, ddof=1) / len(value) ** 0.5
+            axes.errorbar(kl.mean(0), value.mean(0), se, fmt=line, color=color, label=text, linewidth=2, capsize=3)
+        axes.set(xlabel="KL from the reference, nats", ylabel=label)
+    right[0].invert_yaxis()                                                     # up is good in both
+    right[0].set_title("what it buys: the consensus (up: better)", fontsize=13)
+    right[1].set_title("what it costs: the average member", fontsize=13)
+    left.set_title("how hard a question pulls", fontsize=13)
+    right[0].legend(frameon=False, loc="lower right")
     fig.tight_layout()
     path.parent.mkdir(exist_ok=True)
     fig.savefig(path, dpi=80)
@@ -78,13 +129,31 @@ def figure(found: list[dict], path: Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", type=int)
     parser.add_argument("--out", type=Path, default=Path("out/seeds"))
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    found = reports(args.out, args.seeds)
-    table(found)
+    for seed in range(args.seeds) if args.only is None else [args.only]:
+        run_seed(args.out / str(seed), seed)
+    if args.only is not None:
+        return
+
+    def load(name):
+        return [json.loads((args.out / str(seed) / name).read_text()) for seed in range(args.seeds)]
+    reports = load("report.json")
+    found = [one["runs"] + two["runs"] for one, two in zip(reports, load("more.json"))]
+    correlation = [report["dispersion_rank_correlation"] for report in reports]
+    print(f"rank correlation of index and phi {min(correlation):.3f} to {max(correlation):.3f}; probability elsewhere "
+          f"at most {max(row['elsewhere'] for rows in found for row in rows):.3f}")
+    for name in ("mallows-phi-learn", "mallows-phi-shuffled-learn"):
+        kappa = [[row["kappa"] for row in rows if row["method"] == name] for rows in found]
+        power = [row["power"] for rows in found for row in rows if row["method"] == name]
+        print(f"{name}: kappa by seed {np.round(np.mean(kappa, 1), 2).tolist()}, {mean_se(np.mean(kappa, 1), 2)}; power "
+              f"used {min(power):.2f} to {max(power):.2f}")
+    table("trained until the learning rate is 0, several betas", found, KLS)
+    table("beta 0.1, stopped on the way", [one["runs"] for one in load("early.json")], (0.05, 0.1, 0.2))
     if args.figure:
-        figure(found, args.figure)
+        figure(found, reports, args.figure)
 
 
 if __name__ == "__main__":
