@@ -448,6 +448,63 @@ def noise(opt) -> Result:
     return Result(rows, claims)
 
 
+def trust(opt) -> Result:
+    """How far to trust an index, learned from the pairs as train.py does (--dispersion-power learn): excess log-loss
+    over DPO's with the power 1, the learned one and the best of a grid, by the noise r of the index.  A useless index
+    gets a power near 0, which is DPO.
+    """
+    rng, count, rows = np.random.default_rng(opt.seed), (opt.pairs or [256])[0], []
+    z, grid = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12), (0, .25, .5, .75, 1, 1.5)
+    for spread in (.4, .8, 1.3):
+        log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
+        chances = truth(opt.n, log_lam.exp())
+        halves = [draw_pairs(rng, chances, (count + side) // 2) for side in (0, 1)]
+        wins = halves[0] + halves[1]
+
+        def loss(power, index, wins=wins, chances=chances) -> Tensor:
+            weight = mallowspo.dispersion_weight(index, 1.0, power)
+            weight = weight / weight.mean(-1, keepdim=True)
+            return excess("mallows-phi", fit_policy("mallows-phi", wins, weight), weight, chances)
+
+        dpo = excess("sigmoid", fit_policy("sigmoid", wins, log_lam), log_lam, chances)
+        for r in (0, .5, 1, 1.5, "useless"):
+            error = torch.from_numpy(rng.standard_normal(log_lam.shape))
+            guess = spread * error if r == "useless" else log_lam + r * spread * error
+            index = torch.exp(-guess.exp())                                             # (S, 12)
+            power = learned_power(halves, index)                                        # (S, 1)
+            losses = {"power 1": loss(1.0, index), "learned": loss(power, index),
+                      "best fixed": min((loss(p, index) for p in grid), key=lambda x: x.mean())}
+            for name, x in losses.items():
+                ratio, se = ratio_se(x, dpo)
+                rows.append({"spread": spread, "power": name, "r": r, "ratio": ratio, "se": se,
+                             "learned": power.mean().item()})
+    learned = [row for row in rows if row["power"] == "learned"]
+    worst = max(learned, key=lambda row: row["ratio"] - 2 * row["se"])
+    behind = max(row["ratio"] - best for row, best in zip(learned, pick(rows, "ratio", power="best fixed")))
+    return Result(rows, [
+        ("phi with a learned power never loses to DPO", worst["ratio"] < 1 + 2 * worst["se"],
+         f"at worst {worst['ratio']:.2f} +- {worst['se']:.2f} x DPO's excess"),
+        ("the learned power is as good as the best fixed one", behind < .05, f"behind by up to {behind:.2f}")])
+
+
+def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
+    """(S, 1) the power of an index (S, P), by how often DPO's order of the answers, learned from one half of the pairs
+    (S, P, n, n), agrees with the other half, as mallowspo.fit_trust asks."""
+    i, j = pairs_of(halves[0].shape[-1])
+    found = []
+    for mine, other in (halves, halves[::-1]):
+        u = fit_policy("sigmoid", mine, index)                                          # (S, n)
+        first = (u[:, i] > u[:, j])[:, None]                                            # (S, 1, pairs)
+        won, lost = other[..., i, j], other[..., j, i]                                  # (S, P, pairs)
+        found.append(torch.stack([torch.where(first, won, lost).sum(-1), torch.where(first, lost, won).sum(-1)], -1))
+    counts, powers = torch.stack(found).sum(0).long(), []                               # (S, P, 2) right, wrong
+    for seed in range(len(index)):
+        agrees = torch.tensor([1.0, 0.0]).repeat(index.shape[1]).repeat_interleave(counts[seed].flatten())
+        kappa = mallowspo.fit_trust(agrees, index[seed].repeat_interleave(counts[seed].sum(-1))).kappa
+        powers.append(min(max(kappa, mallowspo.POWERS[0]), mallowspo.POWERS[1]))
+    return torch.tensor(powers, dtype=F64)[:, None]
+
+
 def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
     """The paper's estimate of lam: -log of the normalised entropy, times what makes it right on average."""
     weight = lambda entropy: mallowspo.dispersion_weight(entropy / math.log(n), 1.0)
@@ -898,6 +955,10 @@ EXPERIMENTS = {
     "noise": Experiment(noise, [
         Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread", "excess log-loss / DPO's",
               guide=1)], ("spread", "index"), "r", "ratio", "se"),
+    "trust": Experiment(trust, [
+        Panel("r", "ratio", "power", {name: name for name in ("learned", "power 1", "best fixed")},
+              "r: noise of the index / its true spread", "excess log-loss / DPO's", guide=1, title="spread 0.8",
+              where=("spread", .8))], ("spread", "power"), "r", "ratio", "se"),
     "estimate": Experiment(estimate, [
         Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")],
         ("n", "estimator"), "answers", "rmse", "se"),

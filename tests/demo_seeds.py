@@ -1,4 +1,4 @@
-"""The demo over several seeds, with more methods and with controls: what its report says, and the picture of the README.
+"""The demo over several seeds, with more methods and controls: what its report says, and the picture of the README.
 
     python tests/demo_seeds.py --seeds 5 --out out/seeds                               about seven minutes a seed
     python tests/demo_seeds.py --seeds 5 --out out/seeds --figure figures/demo.png     (needs matplotlib)
@@ -26,7 +26,7 @@ PHI = {"loss": "mallows-phi"}
 MORE = {"mallows-theta": {"loss": "mallows-theta"},
         "mallows-theta-learn": {"loss": "mallows-theta", "dispersion_power": "learn"},
         "mallows-phi-true": {**PHI, "dispersion": "field"},                     # the population's own dispersions
-        "mallows-phi-shuffled": {**PHI, "dispersion": "field"},                 # the index, dealt out to other questions
+        "mallows-phi-shuffled": {**PHI, "dispersion": "field"},                 # the index of another question each
         "mallows-phi-shuffled-learn": {**PHI, "dispersion": "field", "dispersion_power": "learn"},
         "ipo": {"loss": "ipo"}}
 EARLY = {**train.DEMO_METHODS, "mallows-phi-shuffled-learn": MORE["mallows-phi-shuffled-learn"]}
@@ -148,8 +148,8 @@ def main():
     for name in ("mallows-phi-learn", "mallows-phi-shuffled-learn"):
         kappa = [[row["kappa"] for row in rows if row["method"] == name] for rows in found]
         power = [row["power"] for rows in found for row in rows if row["method"] == name]
-        print(f"{name}: kappa by seed {np.round(np.mean(kappa, 1), 2).tolist()}, {mean_se(np.mean(kappa, 1), 2)}; power "
-              f"used {min(power):.2f} to {max(power):.2f}")
+        print(f"{name}: kappa by seed {np.round(np.mean(kappa, 1), 2).tolist()}, {mean_se(np.mean(kappa, 1), 2)}; "
+              f"power used {min(power):.2f} to {max(power):.2f}")
     table("trained until the learning rate is 0, several betas", found, KLS)
     table("beta 0.1, stopped on the way", [one["runs"] for one in load("early.json")], (0.05, 0.1, 0.2))
     if args.figure:

@@ -3,7 +3,9 @@ claims with few seeds.  Margins are those measured; a test that fails says that 
 """
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -340,6 +342,17 @@ def test_same_seed_same_numbers(go, tmp_path):
     assert first == go("shared", *words)["rows"] != go("shared", *words, "--seed", 1)["rows"]
 
 
+def test_a_learned_power_never_loses_and_a_useless_index_gets_none(go):
+    record = go("trust", "--seeds", 4)
+    for row in record["rows"]:
+        if row["power"] == "learned":
+            assert row["ratio"] < (1 if row["r"] == "useless" else 0.85), row
+            assert row["learned"] < 0.4 if row["r"] == "useless" else row["learned"] > 0.1
+    assert min(rows(record, "learned", r=0, power="learned")) > 0.8
+    assert min(rows(record, "ratio", r="useless", power="power 1")) > 1.1
+    assert all(holds for _, holds, _ in record["claims"])
+
+
 # --- the population -----------------------------------------------------------------------------------------
 
 def test_population_judges_at_the_exact_rates(population):
@@ -367,21 +380,47 @@ def test_measures_against_sampling(population):
     ref, logp = (torch.randn(24, 2, 6, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     found = population.measure(logp, ref)
     p, r = logp.exp(), ref.exp()
-    both, six, wins = range(2), range(6), population.wins[3]
-    kl = sum(p[3, n, i] * (logp[3, n, i] - ref[3, n, i]) for n in both for i in six) / 2
-    win = sum(p[3, n, i] * r[3, n, j] * wins[i, j] for n in both for i in six for j in six) / 2
-    assert found["kl"][3].item() == pytest.approx(kl.item())
-    assert found["win_rate"][3].item() == pytest.approx(win.item())
+    kl, win = torch.zeros(24), 0.0
+    for q, n, i in itertools.product(range(24), range(2), range(6)):
+        kl[q] += p[q, n, i] * (logp[q, n, i] - ref[q, n, i]) / 2
+        win += sum(p[q, n, i] * r[q, n, j] * population.wins[q, i, j] for j in range(6)).item() / 48
+    assert found["kl"] == pytest.approx(kl.mean().item()) and found["win_rate"] == pytest.approx(win)
+    assert found["kl_agreed"] == pytest.approx(kl[:12].mean().item())
+    assert found["kl_disputed"] == pytest.approx(kl[12:].mean().item())
     same = population.measure(ref, ref)
-    assert torch.allclose(same["win_rate"], torch.tensor(0.5).double()) and (same["reward_accuracy"] == 0.5).all()
+    assert same["win_rate"] == pytest.approx(0.5) and same["reward_accuracy"] == 0.5
     ideal = population.measure(ref - torch.arange(6.0), ref)
-    assert ideal["reward_accuracy"].mean().item() == pytest.approx(population.best_accuracy())
+    assert ideal["reward_accuracy"] == pytest.approx(population.best_accuracy())
     best = torch.maximum(population.wins, 1 - population.wins)
     assert best[:, torch.ones(6, 6).triu(1).bool()].mean().item() == pytest.approx(population.best_accuracy())
-    assert found["elsewhere"].abs().max() < 1e-6
+    assert abs(found["elsewhere"]) < 1e-6
+    assert population.measure(ref - math.log(2), ref)["elsewhere"] == pytest.approx(0.5)
 
 
-def test_figures_at_a_kl_lie_between_two_steps():
-    path = {"kl": [0.0, 0.1, 0.3, 0.2], "win_rate": [0.5, 0.6, 0.7, 0.65]}
-    assert bandit.at_kl(path, 0.2) == {"kl": pytest.approx(0.2), "win_rate": pytest.approx(0.65)}
-    assert bandit.at_kl(path, 0.1)["win_rate"] == pytest.approx(0.6) and bandit.at_kl(path, 0.4) is None
+def test_figures_at_a_kl_lie_between_two_betas():
+    """In the root of the KL; and the report has a line for every run and a word on every other method than DPO."""
+    runs = [{"method": "dpo", "beta": 1.0, "kl": 0.09, "win_rate": 0.53},
+            {"method": "dpo", "beta": 0.2, "kl": 0.25, "win_rate": 0.55}]
+    assert bandit.at_kl(runs, "dpo", 0.16) == {"beta": pytest.approx(0.6), "kl": pytest.approx(0.17),
+                                               "win_rate": pytest.approx(0.54)}
+    assert bandit.at_kl(runs, "dpo", 0.09)["win_rate"] == 0.53 and bandit.at_kl(runs, "dpo", 0.25) is None
+    assert bandit.at_kl(runs, "ipo", 0.16) is None
+
+
+def test_the_report_compares_with_dpo_where_both_have_gone_equally_far(population):
+    run = {"beta": 1.0, "power": 0.0, "kl_agreed": 0.1, "kl_disputed": 0.1, "reward_accuracy": 0.7, "elsewhere": 0.01}
+    runs = [{**run, "method": name, "kl": kl, "win_rate": 0.5 + gain + kl / 10, "consensus_rank": 1 - gain - kl}
+            for name, gain in (("dpo", 0.0), ("ahead", 0.1), ("behind", -0.1)) for kl in (0.1, 0.3)]
+    runs.append({**runs[0], "method": "elsewhere"})
+    records = [{"where": f"pairs.jsonl:{i + 1}", "entropy": i % 24 / 24} for i in range(48)]
+    content, text = bandit.report(population, runs, records)
+    assert content["dispersion_rank_correlation"] == pytest.approx(1) and content["runs"] == runs
+    ahead, behind, elsewhere = text.splitlines()[-3:]
+    assert "win rate +0.1000 (better), consensus rank -0.1000 (better), reward accuracy +0.0000 (as good)" in ahead
+    assert "win rate -0.1000 (worse), consensus rank +0.1000 (worse)" in behind and "not there" in elsewhere
+
+
+def test_the_reference_meets_every_answer(population):
+    said = [row["chosen"].strip() for row in population.favourites(9600, 0) if row["prompt"].endswith("says:")]
+    words = {word for answers in population.answers for word in answers}
+    assert set(said) == words and len(said) == 2400
