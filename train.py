@@ -100,13 +100,15 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
     return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy, bool(signals)
 
 
-def train(run: Run, split: Split, held_out: Split | None) -> None:
-    """Take the steps that are left; run.on_step(step, model) is called before each of them and after the last."""
-    cfg, world = run.cfg, run.world
+def train(run: Run, splits: list[Split]) -> None:
+    """Take the steps that are left, on splits[0]; what follows it is held out.  run.on_step(step, model) is called
+    before each step and after the last."""
+    cfg, world, split = run.cfg, run.world, splits[0]
     for step in range(run.state["step"], split.steps + 1):
         run.on_step(step, run.model)
-        if held_out and (step % cfg.eval_every == 0 or step == split.steps):
-            run.log_evaluation(step, evaluate(run.model, cfg.method, held_out, world))
+        if step % cfg.eval_every == 0 or step == split.steps:
+            for held_out in splits[1:]:
+                run.log_evaluation(step, evaluate(run.model, cfg.method, held_out, world))
         if step == split.steps:
             break
         began = time.perf_counter()
@@ -116,7 +118,7 @@ def train(run: Run, split: Split, held_out: Split | None) -> None:
         if 0 < step < split.schedule.steps_per_epoch:                   # in step 0 the policy is the reference
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
-                weigh_prompts(cfg, [split, held_out] if held_out else [split], run.state)
+                weigh_prompts(cfg, splits, run.state)
         if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):      # 0: never
             save_checkpoint(run, step + 1)
         if stop:
@@ -505,7 +507,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_model(cfg, world)
-    split, held_out = load_splits(cfg, model, tokenizer, world)
+    splits = load_splits(cfg, model, tokenizer, world)
+    split = splits[0]
     measure_memory(cfg, model, split, world)
     if cfg.dry_run:
         return
@@ -520,19 +523,19 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
                   "model_sha256": fingerprint(model, world), "data_sha256": split.digest(), "eval_data_sha256": None,
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "numpy": np.__version__}}
-        if held_out:
+        for held_out in splits[1:]:
             record |= {"held_out": len(held_out.pairs), "eval_data_sha256": held_out.digest()}
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        prompt_weights(cfg, model, [split, held_out] if held_out else [split], state, world)
+        prompt_weights(cfg, model, splits, state, world)
         if world.rank == 0:
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
             write_json(out / "run.json", record)
-        asked = (held_out or split).pairs[:cfg.samples]
+        asked = splits[-1].pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
         with deferred_signals() as signals:
-            train(Run(cfg, model, world, state, signals, on_step), split, held_out)
+            train(Run(cfg, model, world, state, signals, on_step), splits)
         after = answer(cfg, model, tokenizer, asked, world)
         if world.rank == 0:
             texts = [[tokenizer.text(ids) for ids in pair[:3]] for pair in asked]
@@ -590,8 +593,8 @@ def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
 ROW_TOKENS = {("cpu", False): 2048, ("cpu", True): 2048, ("cuda", False): 4096, ("cuda", True): 16384}
 
 
-def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> tuple[Split, Split | None]:
-    """The training pairs and the held-out ones, planned; and a word on what is to come."""
+def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> list[Split]:
+    """The training pairs and, if there are any, the held-out ones, planned; and a word on what is to come."""
     limit, (needed, _) = model.config.positions, RECORD_PHI.get(cfg.method.dispersion, (None, None))
     longest = cfg.max_tokens or min(1024, limit)
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
@@ -616,7 +619,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
               f"{split.steps / split.schedule.steps_per_epoch:.2f} epochs; rows of at most "
               f"{split.schedule.tokens_per_row} tokens; a response ends with "
               f"{tokenizer.text([int(split.pairs[0].chosen[-1])])!r}")
-    return split, Split.plan(held_out, *plan) if held_out else None
+    return [split, Split.plan(held_out, *plan)] if held_out else [split]
 
 
 def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) -> None:

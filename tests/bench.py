@@ -204,9 +204,9 @@ def ours(job: dict) -> dict:
         if profiler and step >= cfg.steps - 1:
             profiler.start() if step < cfg.steps else profiler.stop()
     model.register_forward_pre_hook(lambda model, inputs: sizes.append(inputs[0].numel()))
-    state = {"step": 0, "seconds": 0.0, "skipped": []}
+    state = {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": {"dispersion_power": 0.0}}
     run = train.Run(cfg, model, world, state, [], on_step)
-    train.train(run, part, None)
+    train.train(run, [part])
     written = Path(job["work"], "metrics.jsonl").read_text().splitlines() if world.rank == 0 else []
     dynamo = sys.modules.get("torch._dynamo.utils")
     found = clock.result([json.loads(line)["loss"] for line in written], reference_s=reference, torch=torch.__version__,

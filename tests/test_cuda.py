@@ -66,7 +66,8 @@ def planned(pairs, batch_size, tokens_per_row):
 
 
 def started(model, world, folder):
-    return train.Run(Config(out=str(folder)), model, world, {"step": 0, "seconds": 0.0, "skipped": []}, [])
+    state = {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": {"dispersion_power": 0.0}}
+    return train.Run(Config(out=str(folder)), model, world, state, [])
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,10 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import refused, rows_of
 
+import mallowspo
 import model as model_file
 import train
+from data import Schedule
 from train import BadConfig, Config, RunFailed, World, checkpoints, fit
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -76,16 +78,19 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
 
 
 def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
-    flags = dict(batch_size=4, dispersion_power="learn", loss="mallows-phi", save_every=3)     # ten steps in an epoch
+    flags = dict(batch_size=4, dispersion_power="learn", dispersion="field", lr=5e-3)      # ten steps in an epoch
     job(out=str(tmp_path / "whole"), **flags, steps=12)
-    job(stop_at=4, **flags, steps=12)
-    assert len(json.loads((checkpoints(tmp_path / "out")[0] / "state.json").read_text())["agrees"]) == 4 * 4
+    job(stop_at=2, **flags, steps=12)
+    agrees = json.loads((checkpoints(tmp_path / "out")[0] / "state.json").read_text())["agrees"]
     job(resume=True, **flags, steps=12)
     same(tmp_path / "whole", tmp_path / "out")
     one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "out"))
     assert one["trust"] == two["trust"] and one["trust"]["pairs"] == 36
     powers = [row["dispersion_power"] for row in rows_of(tmp_path / "out/metrics.jsonl")]
-    assert powers[:2] == [0, 0] and len(set(powers)) > 3, "refitted after each step of the first epoch"
+    index = [row["entropy"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]
+    met = [i for step in (1, 2) for i in Schedule([1] * 40, 4, 0, 99).batch(step)]
+    kappa = mallowspo.fit_trust(torch.tensor(agrees), torch.tensor([index[i] for i in met])).kappa
+    assert powers[:2] == [0, 0] and 0 < powers[3] == pytest.approx(kappa) and powers[2] != powers[3]
     assert powers[10] == powers[11] == one["dispersion_power"] == min(max(one["trust"]["kappa"], 0), 8)
     weights = [row["weight"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]
     assert sum(weights) / len(weights) == pytest.approx(1)
