@@ -968,10 +968,10 @@ EXPERIMENTS = {
 }
 # The picture of train.py's demo, from the runs of report.json.
 DEMO_NAMES = {"mallows-phi-learn": "MallowsPO-phi, learned", "dpo": "DPO", "mallows-phi": "MallowsPO-phi"}
-DEMO_PANELS = [Panel("kl", "win_rate", "method", DEMO_NAMES, "KL from the reference (nats)",
-                     "win rate, average member"),
-               Panel("kl", "consensus_rank", "method", DEMO_NAMES, "KL from the reference (nats)",
-                     "place in the consensus (0 best)")]
+DEMO_PANELS = [Panel("kl", "consensus_rank", "method", DEMO_NAMES, "KL from the reference (nats)",
+                     "place in the common ranking", title="what the consensus gets (down: better)"),
+               Panel("kl", "win_rate", "method", DEMO_NAMES, "KL from the reference (nats)",
+                     "win rate", title="what the average member gets")]
 STYLES = [{"color": "#00633a", "marker": "o", "linestyle": "-", "linewidth": 3.5},
           {"color": "#f76707", "marker": "s", "linestyle": "--", "linewidth": 2.2},
           {"color": "#1864ab", "marker": "^", "linestyle": "-.", "linewidth": 2.2},

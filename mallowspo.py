@@ -14,7 +14,8 @@ the paper's names.  A link without lam (DPO's, IPO's) gets weight(x) * h for h: 
 
     entropy of the reference -> index H, a stand-in for phi -> weight = phi_star * -log H, mean 1 -> lam = c * weight
 
-(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi.)  In a training loop of your own:
+(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi.)  How far H may be trusted, the pairs themselves tell:
+fit_trust.  In a training loop of your own:
 
   from mallowspo import LOSSES, calibrate_phi_star, dispersion_index, dispersion_weight, objective
 

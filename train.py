@@ -8,7 +8,7 @@ The reference is the model before its first step: it scores every pair once, int
 dispersion index; no second model is in memory.  The file reads from the method outwards:
 
     1. the method and the loop          score_pairs, train_step, train, evaluate, learning_rate
-    2. the reference and the weights    Split, score_reference, prompt_weights
+    2. the reference and the weights    Split, score_reference, prompt_weights, verdict
     3. settings and flags               Config, parse_flags
     4. the job                          fit: from a folder and a file to a trained folder
     5. processes                        World: one, or many under torchrun
@@ -250,7 +250,7 @@ def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
     power, seen = cfg.power, splits[0].index[splits[0].visited()]
     if power == "learn":
         low, high = mallowspo.POWERS
-        power = min(max(trust_so_far(splits[0], state).kappa, low), high)
+        power = min(max(mallowspo.fit_trust(*first_visits(splits[0], state)).kappa, low), high)
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, power)
     for each in splits:
         each.weight = mallowspo.dispersion_weight(each.index, phi_star, power).to(each.weight.device)
@@ -262,10 +262,6 @@ def first_visits(split: Split, state: dict) -> tuple[Tensor, Tensor]:
     is what fit_trust asks, and their index."""
     order = [i for step in split.first_epoch()[1:] for i in split.schedule.batch(step)]
     return torch.tensor(state["agrees"]), split.index[order[:len(state["agrees"])]]
-
-
-def trust_so_far(split: Split, state: dict) -> mallowspo.Trust:
-    return mallowspo.fit_trust(*first_visits(split, state))
 
 
 def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
@@ -1140,13 +1136,13 @@ def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> No
 
 DEMO = {"lr": 1e-3, "warmup": 0.5, "steps": 150, "batch_size": 128, "log_every": 50, "max_tokens": 64,
         "tokens_per_row": 1024, "samples": 3, "sample_tokens": 8, "save_every": 0,
-        "sft": 0.005}                                # else the policies give up to a tenth to what answers nothing
+        "sft": 0.02}                                 # else the policies give up to a tenth to what answers nothing
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 1,
               "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": False, "hidden_act": "silu"}
 DEMO_METHODS = {"dpo": {"loss": "dpo"}, "mallows-phi": {"loss": "mallows-phi"},
                 "mallows-phi-learn": {"loss": "mallows-phi", "dispersion_power": "learn"}}
-DEMO_BETAS = (0.25, 0.5, 1.0)
+DEMO_BETAS = (0.2, 0.4, 0.8)
 
 
 def demo(cfg: Config, chosen: bool, world: World) -> None:
