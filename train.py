@@ -1135,14 +1135,14 @@ def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> No
 # 8. The demo: a population whose dispersion is known
 
 DEMO = {"lr": 1e-3, "warmup": 0.5, "steps": 150, "batch_size": 128, "log_every": 50, "max_tokens": 64,
-        "tokens_per_row": 1024, "samples": 3, "sample_tokens": 8, "save_every": 0,
-        "sft": 0.02}                                 # else the policies give up to a tenth to what answers nothing
+        "tokens_per_row": 1024, "samples": 3, "sample_tokens": 8, "save_every": 0}
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 1,
               "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": False, "hidden_act": "silu"}
 DEMO_METHODS = {"dpo": {"loss": "dpo"}, "mallows-phi": {"loss": "mallows-phi"},
                 "mallows-phi-learn": {"loss": "mallows-phi", "dispersion_power": "learn"}}
-DEMO_BETAS = (0.2, 0.4, 0.8)
+DEMO_BETAS = (0.25, 0.5, 1.0)
+DEMO_SFT = 0.03     # times beta, as the reward is: without it the policies give up to a tenth to what answers nothing
 
 
 def demo(cfg: Config, chosen: bool, world: World) -> None:
@@ -1164,7 +1164,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     world.barrier()
     world.say("--- the reference: a small model learns what the members of the population answer")
     start = Config(**{**DEMO, "model": str(folder / "untrained"), "data": [str(folder / "favourites.jsonl")],
-                      "out": str(folder / "reference"), "loss": "sft", "sft": 1.0, "lr": 4e-3, "warmup": 0.1,
+                      "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "warmup": 0.1,
                       "steps": 400, "batch_size": 64, "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
     fit(start, world)
     runs, methods = [], {cfg.loss: {}} if chosen else DEMO_METHODS
@@ -1172,6 +1172,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     for name, settings in methods.items():
         for beta in [cfg.beta] if cfg.beta else DEMO_BETAS:
             job = dataclasses.replace(cfg, model=start.out, data=[str(folder / "pairs.jsonl")], beta=beta,
+                                      sft=DEMO_SFT * beta if cfg.sft is None else cfg.sft,
                                       out=str(out / f"{name}-{beta}"), reference=str(folder / "reference.safetensors"),
                                       **settings)
             # What a run says of itself is shown once.

@@ -48,8 +48,8 @@ def run_seed(out: Path, seed: int) -> None:
     def job(name: str, folder: str, beta: float, settings: dict) -> train.Config:
         data = shuffled if "shuffled" in name else pairs
         return train.Config(**{**train.DEMO, "model": str(out / "demo/reference"), "data": str(data), "seed": seed,
-                               "out": str(out / folder), "beta": beta, "device": "cpu",
-                               "reference": str(out / "demo/reference.safetensors"), **settings})
+                               "out": str(out / folder), "beta": beta, "sft": train.DEMO_SFT * beta,
+                               "device": "cpu", "reference": str(out / "demo/reference.safetensors"), **settings})
 
     if not (out / "more.json").exists():
         runs = []
