@@ -23,18 +23,16 @@ from bandit import MEASURES, Population, at_kl  # noqa: E402
 
 ALONE = train.World(0, 1, torch.device("cpu"), torch.float32)
 PHI = {"loss": "mallows-phi"}
-MORE = {"mallows-theta": {"loss": "mallows-theta"},
-        "mallows-theta-learn": {"loss": "mallows-theta", "dispersion_power": "learn"},
+MORE = {"mallows-phi-shuffled-learn": {**PHI, "dispersion": "field", "dispersion_power": "learn"},     # see run_seed
         "mallows-phi-true": {**PHI, "dispersion": "field"},                     # the population's own dispersions
-        "mallows-phi-shuffled": {**PHI, "dispersion": "field"},                 # the index of another question each
-        "mallows-phi-shuffled-learn": {**PHI, "dispersion": "field", "dispersion_power": "learn"},
-        "ipo": {"loss": "ipo"}}
+        "mallows-theta": {"loss": "mallows-theta"}}
 EARLY = {**train.DEMO_METHODS, "mallows-phi-shuffled-learn": MORE["mallows-phi-shuffled-learn"]}
 KLS = (0.1, 0.15, 0.2)
 
 
 def run_seed(out: Path, seed: int) -> None:
-    """The demo, and beside its runs those of MORE; and runs with a small beta, looked at on the way."""
+    """The demo, and beside its runs those of MORE; and runs with a small beta, looked at on the way.  The control, for
+    an index that says nothing, has shuffled.jsonl: each question with the index of another one."""
     if not (out / "report.json").exists():
         flags = ["--seed", str(seed), "--out", out]
         subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
@@ -55,7 +53,6 @@ def run_seed(out: Path, seed: int) -> None:
         runs = []
         for name, settings in MORE.items():
             for beta in train.DEMO_BETAS:
-                beta = beta / 4 if name == "ipo" else beta
                 runs += quietly(name, job(name, f"{name}-{beta}", beta, settings), 0)[-1:]
         train.write_json(out / "more.json", {"runs": runs})
     if not (out / "early.json").exists():
