@@ -1139,7 +1139,7 @@ DEMO = {"lr": 1e-3, "warmup": 0.5, "steps": 150, "batch_size": 128, "log_every":
 DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 1,
               "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
               "tie_word_embeddings": False, "hidden_act": "silu"}
-DEMO_METHODS = {"dpo": {"loss": "dpo"}, "mallows-phi": {"loss": "mallows-phi"},
+DEMO_METHODS = {"dpo": {"loss": "dpo", "dispersion_power": None}, "mallows-phi": {"loss": "mallows-phi"},
                 "mallows-phi-learn": {"loss": "mallows-phi", "dispersion_power": "learn"}}
 DEMO_BETAS = (0.25, 0.5, 1.0)
 DEMO_SFT = 0.03     # times beta, as the reward is: without it the policies give up to a tenth to what answers nothing
@@ -1196,7 +1196,8 @@ def fit_and_measure(name: str, job: Config, population: Population, world: World
             path[step] = answer_logp(model, population, tokenizer, world)
     fit(job, world, watch)
     record = world.on_rank0(read_json, Path(job.out) / "run.json")
-    about = {"method": name, "beta": job.beta, "power": record["dispersion_power"], "kappa": record["trust"]["kappa"]}
+    kappa = record["trust"]["kappa"] if record["trust"] else math.nan             # nan: there was no index
+    about = {"method": name, "beta": job.beta, "power": record["dispersion_power"], "kappa": kappa}
     return [{**about, "step": step, **population.measure(logp, path[0])} for step, logp in path.items()]
 
 
