@@ -861,13 +861,15 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
         lines.append("{method:<19} {beta:>5}  {power:>5.2f}  {kl:>6.3f}  {kl_agreed:>7.3f} | {kl_disputed:<8.3f}  "
                      "{win_rate:>8.4f}  {consensus_rank:>14.3f}  {reward_accuracy:>15.4f}  {elsewhere:>9.3f}"
                      .format(**run))
-    return content, "\n".join([*lines, *(compare_at(kl, runs) for kl in MATCHED_KL)])
+    if any(run["method"] == "dpo" for run in runs):
+        lines += [compare_at(kl, runs) for kl in MATCHED_KL]
+    return content, "\n".join(lines)
 
 
 def compare_at(kl: float, runs: list[dict]) -> str:
     """A line for each method but DPO: where it stands beside DPO at this KL."""
     reached = {run["method"]: at_kl(runs, run["method"], kl) for run in runs}
-    dpo, lines = reached.pop("dpo", None), [f"\nbeside dpo at KL {kl} nats, between two betas"]
+    dpo, lines = reached.pop("dpo"), [f"\nbeside dpo at KL {kl} nats, between two betas"]
     for name, row in reached.items():
         words = []
         for key, (good, same) in MEASURES.items() if dpo and row else ():
@@ -877,7 +879,7 @@ def compare_at(kl: float, runs: list[dict]) -> str:
             elif good * change > 0:
                 verdict = "better"
             words.append(f"{key.replace('_', ' ')} {change:+.4f} ({verdict})")
-        lines.append(f"{name:<19} {', '.join(words) or 'not there, or dpo is not'}")
+        lines.append(f"{name:<19} {', '.join(words) or 'no runs on both sides of this KL'}")
     return "\n".join(lines)
 
 

@@ -417,7 +417,7 @@ def test_the_report_compares_with_dpo_where_both_have_gone_equally_far(populatio
     assert content["dispersion_rank_correlation"] == pytest.approx(1) and content["runs"] == runs
     ahead, behind, elsewhere = text.splitlines()[-3:]
     assert "win rate +0.1000 (better), consensus rank -0.1000 (better), reward accuracy +0.0000 (as good)" in ahead
-    assert "win rate -0.1000 (worse), consensus rank +0.1000 (worse)" in behind and "not there" in elsewhere
+    assert "win rate -0.1000 (worse), consensus rank +0.1000 (worse)" in behind and "no runs on both sides" in elsewhere
 
 
 def test_the_reference_meets_every_answer(population):
