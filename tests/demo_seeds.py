@@ -38,10 +38,9 @@ def run_seed(out: Path, seed: int) -> None:
         subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
     torch.set_num_threads(1)
     report, pairs = json.loads((out / "report.json").read_text()), out / "demo/pairs.jsonl"
-    order, shuffled = np.random.default_rng(seed).permutation(len(report["index"])), out / "demo/shuffled.jsonl"
+    index, shuffled = shuffle(report["index"], seed), out / "demo/shuffled.jsonl"
     records = [json.loads(line) for line in pairs.read_text().splitlines()]
-    train.write_jsonl(shuffled, ({**record, "dispersion": report["index"][order[i % len(order)]]}
-                                 for i, record in enumerate(records)))
+    train.write_jsonl(shuffled, ({**record, "dispersion": index[i % len(index)]} for i, record in enumerate(records)))
 
     def job(name: str, folder: str, beta: float, settings: dict) -> train.Config:
         data = shuffled if "shuffled" in name else pairs
@@ -58,6 +57,14 @@ def run_seed(out: Path, seed: int) -> None:
     if not (out / "early.json").exists():
         paths = [quietly(name, job(name, f"early-{name}", 0.1, settings), 5) for name, settings in EARLY.items()]
         train.write_json(out / "early.json", {"runs": [row for path in paths for row in path]})
+
+
+def shuffle(index: list[float], seed: int) -> list[float]:
+    return [index[i] for i in np.random.default_rng(seed).permutation(len(index))]
+
+
+def rank_correlation(a, b) -> float:
+    return np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1]
 
 
 def quietly(name: str, cfg: train.Config, every: int) -> list[dict]:
@@ -142,6 +149,8 @@ def main():
     correlation = [report["dispersion_rank_correlation"] for report in reports]
     print(f"rank correlation of index and phi {min(correlation):.3f} to {max(correlation):.3f}; probability elsewhere "
           f"at most {max(row['elsewhere'] for rows in found for row in rows):.3f}")
+    chance = [rank_correlation(shuffle(r["index"], seed), r["true_phi"]) for seed, r in enumerate(reports)]
+    print("the shuffled index and phi, by chance: " + " ".join(f"{value:+.2f}" for value in chance))
     for name in ("mallows-phi-learn", "mallows-phi-shuffled-learn"):
         kappa = [[row["kappa"] for row in rows if row["method"] == name] for rows in found]
         power = [row["power"] for rows in found for row in rows if row["method"] == name]
