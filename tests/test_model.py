@@ -492,8 +492,8 @@ def test_the_command_line_continues_a_text_or_says_why_not(run, monkeypatch, cap
         status, text, said = command_line(monkeypatch, capsys, folder, *flags)
         assert status == 2 and words in said and not text
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 944, "content": "<|beyond|>"})
-    for content, words in [(json.dumps(tokenizer), "token id 944; the model has 944"), ("{}", "not a tokenizer")]:
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 945, "content": "<|beyond|>"})
+    for content, words in [(json.dumps(tokenizer), "token id 945; the model has 945"), ("{}", "not a tokenizer")]:
         (folder / "tokenizer.json").write_text(content)
         status, _, said = command_line(monkeypatch, capsys, folder, "-p", "a<|beyond|>")
         assert status == 2 and words in said
