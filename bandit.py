@@ -846,14 +846,17 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
         seen[line % len(seen)].append(record["entropy"])
     index = [float(np.mean(each)) if each else math.nan for each in seen]
     known = ~np.isnan(index)                                       # in few steps not every question is asked
-    ranks = np.argsort(np.argsort(np.array(index)[known]))
-    true_ranks = np.argsort(np.argsort(population.phi.numpy()[known]))
-    correlation = float(np.corrcoef(ranks, true_ranks)[0, 1])      # Spearman's
+    correlation, told = math.nan, "there was no dispersion index"
+    if known.sum() > 1:
+        ranks = np.argsort(np.argsort(np.array(index)[known]))
+        true_ranks = np.argsort(np.argsort(population.phi.numpy()[known]))
+        correlation = float(np.corrcoef(ranks, true_ranks)[0, 1])  # Spearman's
+        told = f"rank correlation of the dispersion index with the true phi: {correlation:.3f}"
     content = {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                "index": index, "questions": population.questions, "runs": runs}
     lines = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names "
              "never trained on; all figures are exact sums",
-             f"rank correlation of the dispersion index with the true phi: {correlation:.3f}",
+             told,
              f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}\n",
              "method               beta  power      KL  (agreed | disputed)  win rate  consensus rank  reward accuracy"
              "  elsewhere"]

@@ -415,6 +415,7 @@ def test_the_report_compares_with_dpo_where_both_have_gone_equally_far(populatio
     records = [{"where": f"pairs.jsonl:{i + 1}", "entropy": i % 24 / 24} for i in range(48)]
     content, text = bandit.report(population, runs, records)
     assert content["dispersion_rank_correlation"] == pytest.approx(1) and content["runs"] == runs
+    assert "there was no dispersion index" in bandit.report(population, runs, [])[1]
     ahead, behind, elsewhere = text.splitlines()[-3:]
     assert "win rate +0.1000 (better), consensus rank -0.1000 (better), reward accuracy +0.0000 (as good)" in ahead
     assert "win rate -0.1000 (worse), consensus rank +0.1000 (worse)" in behind and "no runs on both sides" in elsewhere
