@@ -261,7 +261,8 @@ def first_visits(split: Split, state: dict) -> tuple[Tensor, Tensor]:
     """Of the pairs that were visited after step 0, in order: whether the policy got them right when it met them, which
     is what fit_trust asks, and their index."""
     order = [i for step in split.first_epoch()[1:] for i in split.schedule.batch(step)]
-    return torch.tensor(state["agrees"]), split.index[order[:len(state["agrees"])]]
+    agrees = torch.tensor(state["agrees"][:len(order)])
+    return agrees, split.index[order[:len(agrees)]]
 
 
 def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
@@ -1069,6 +1070,8 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
         write_json(out / "run.json", record)                       # from now on the folder is this run's
         return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
     wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
+    if found and not wrong and any(value not in (0, 0.5, 1) for value in state["agrees"]):
+        wrong = ["agrees"]
     refuse(wrong or state.get("step", 0) < 0,
            f"--resume: {where} says nothing usable of {', '.join(wrong) or 'step'}; remove the folder")
     old, new = must_match(state.get("run", state)), must_match(record)

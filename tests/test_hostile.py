@@ -481,6 +481,7 @@ def test_checkpoints_of_strangers(stopped, tmp_path):
             ({"sha256": {name: x for name, x in digests.items() if "state" not in name}}, "state.safetensors is"),
             ({"sha256": {name: [] for name in digests}}, "is not as it was written"), ({"sha256": [1]}, "sha256"),
             ({"step": -1}, "step"), ({"step": "2"}, "step"), ({"step": True}, "step"), ({"seconds": None}, "seconds"),
+            ({"agrees": 3}, "agrees"), ({"agrees": ["1"]}, "agrees"), ({"agrees": [2, [0]]}, "agrees"),
             ({"skipped": 3}, "skipped"), ({"scaler": []}, "scaler"), ({"run": []}, "run"),
             ({"run": {"config": []}}, "lr (None")]:
         (folder / "state.json").write_text(json.dumps({**good, **changes}))

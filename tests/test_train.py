@@ -315,7 +315,7 @@ def test_bad_numbers_stop_and_name_the_pairs(run, make_model, pairs, tmp_path):
 
 @pytest.mark.parametrize("flags, processes, methods", [
     (["--beta", 0.5], 1, ["dpo", "mallows-phi", "mallows-phi-learn"]),
-    (["--loss", "mallows-theta"], 2, ["mallows-theta"] * 3)])
+    (["--loss", "mallows-theta", "--beta", 0.5], 2, ["mallows-theta"])])
 def test_demo(run, tmp_path, flags, processes, methods):
     done = run("train.py", "--steps", 48, "--lr", 2e-3, "--out", tmp_path, *flags, processes=processes)
     assert done.returncode == 0 and "DeprecationWarning" not in done.stderr, done.stderr
