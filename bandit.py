@@ -9,8 +9,8 @@ every claim has a number.  The losses are mallowspo.LINKS, the very functions th
     python bandit.py people --rankings *.soc      real rankings (PrefLib.org)
 
 Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
-The file: 1. who beats whom -> 2. the engine -> 3. the experiments -> 4. real rankings -> 5. a bandit with
-words, the population of train.py's demo -> 6. what to run, to print and to draw.
+The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. real
+rankings -> 6. a bandit with words, the population of train.py's demo -> 7. what to run, to print and to draw.
 """
 import argparse
 import itertools
@@ -34,7 +34,135 @@ F64 = torch.float64
 METHODS = {name: mallowspo.LOSSES[name].link for name in ("mallows-phi", "dpo", "mallows-theta", "ipo")}
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Who beats whom.  In a matrix, [i, j] is how often, or how probably, answer i is preferred to answer j.
+# 1. The ranking models.  Kendall-Mallows:  P(ranking) = phi^d(ranking, centre) / Z
+#    d counts the pairs that a ranking orders otherwise than the centre (Mallows 1957).  A ranking of n items
+#    is written as ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
+
+def log_partition(n: int, lam: Tensor) -> Tensor:
+    """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
+
+    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions.
+    """
+    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
+    return exponents.logcumsumexp(-1).sum(-1)
+
+
+def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator | None = None) -> Tensor:
+    """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
+
+    The items arrive from the centre's best to its worst; item i overtakes j of those before it with a
+    probability proportional to phi^j, and each overtaking is one inversion."""
+    ranks = torch.empty(count, 0, dtype=torch.long)
+    for i in range(n):
+        chances = torch.exp(-lam * torch.arange(i + 1.0, dtype=torch.float64))
+        overtaken = torch.multinomial(chances, count, replacement=True, generator=generator)
+        place = i - overtaken[:, None]                                                  # (count, 1)
+        ranks = torch.cat([ranks + (ranks >= place), place], dim=1)                     # (count, i + 1)
+    return ranks
+
+
+def top_choice(n: int, lam: Tensor) -> Tensor:
+    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normed."""
+    return torch.softmax(-lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device), -1)
+
+
+def favourite_entropy(n: int, lam: Tensor) -> Tensor:
+    """Entropy (nats) of people's favourites; falls from log n at lam = 0, with slope -lam * Var(place)."""
+    return torch.special.entr(top_choice(n, lam)).sum(-1)
+
+
+def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
+
+    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0.
+    """
+    mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
+    for i in range(2, n + 1):
+        cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
+        chances = top_choice(i, lam)                                # (..., i) the same law as of a favourite
+        step = (chances * cost).sum(-1, keepdim=True)                                   # (..., 1)
+        mean = mean + step[..., 0]
+        variance = variance + (chances * (cost - step) ** 2).sum(-1)
+    return mean, variance
+
+
+def kendall_distance(ranks: Tensor) -> Tensor:
+    """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
+    return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
+
+
+def spearman_distance(ranks: Tensor) -> Tensor:
+    """Sum over the items of the squared difference between their place and the centre's (Spearman's rho)."""
+    return (ranks - torch.arange(ranks.shape[-1])).square().sum(-1)
+
+
+def enumerate_rankings(n: int) -> Tensor:
+    """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
+    return torch.tensor(list(itertools.permutations(range(n))))
+
+
+def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor:
+    """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
+    return torch.softmax(-lam[..., None] * distance(ranks), -1)
+
+
+def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
+    """(..., n, n) share of rankings (count, n), weighted by (..., count), that place item i above item j."""
+    above = ranks[:, :, None] < ranks[:, None, :]                                       # (count, n, n)
+    return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
+
+
+def disagreement(n: int, lam: Tensor) -> Tensor:
+    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
+    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
+    agree = mallowspo.pair_probability(gap, lam[..., None])                             # (..., n - 1)
+    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
+
+
+def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
+    """Where in [0, high] a decreasing function takes these values, by bisection; else the nearer end."""
+    low, high = torch.zeros_like(value), torch.full_like(value, high)
+    for _ in range(64):
+        middle = (low + high) / 2
+        above = decreasing(middle) > value
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
+
+
+def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
+    """lam at which people's favourites among n answers have this entropy (nats)."""
+    return invert(lambda lam: favourite_entropy(n, lam), entropy)
+
+
+def lam_of_choices(counts: Tensor) -> Tensor:
+    """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
+
+    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite.
+    """
+    n = counts.shape[-1]
+    share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
+    return lam_of_entropy(torch.special.entr(share).sum(-1), n)
+
+
+def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
+    """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
+    return invert(lambda lam: disagreement(n, lam), rate)
+
+
+def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) by weight (..., count) people.
+
+    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood
+    of an exponential family is highest where the expected distance is the mean one."""
+    weight = weight / weight.sum(-1, keepdim=True)
+    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
+    placed = ranks.T[centre].transpose(-1, -2)                                          # (..., count, n)
+    distance = (weight * kendall_distance(placed)).sum(-1)
+    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Who beats whom.  In a matrix, [i, j] is how often, or how probably, answer i is preferred to answer j.
 
 def to_lam(phis) -> Tensor:
     return -torch.as_tensor(phis, dtype=F64).log()
@@ -63,7 +191,7 @@ def draw_pairs(rng, chances: Tensor, count) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. The engine.  A policy is pi = ref * exp(u / beta) / Z.  The losses see only u; beta is needed to read off pi.
+# 3. The engine.  A policy is pi = ref * exp(u / beta) / Z.  The losses see only u; beta is needed to read off pi.
 
 class Point(NamedTuple):
     """The mean loss at some u, and how it bends there."""
@@ -147,7 +275,7 @@ def ratio_se(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The experiments: each takes the options and returns rows and claims.  Numbers are means over seeds, `se`
+# 4. The experiments: each takes the options and returns rows and claims.  Numbers are means over seeds, `se`
 #    their standard errors; log-losses are in mnat, thousandths of a nat.
 
 class Result(NamedTuple):
@@ -177,16 +305,16 @@ def exact(opt) -> Result:
     lam, rows = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99]), []
     for n in range(2, 8):
         i, j = pairs_of(n)
-        ranks = mallowspo.enumerate_rankings(n)                                         # (n!, n)
-        p = mallowspo.exact_model(ranks, lam)                                           # (phis, n!)
-        cost = mallowspo.kendall_distance(ranks).to(F64)                                # (n!,)
+        ranks = enumerate_rankings(n)                                         # (n!, n)
+        p = exact_model(ranks, lam)                                           # (phis, n!)
+        cost = kendall_distance(ranks).to(F64)                                # (n!,)
         log_z, summed = (-lam[:, None] * cost).logsumexp(-1), (p * cost).sum(-1)        # (phis,)
-        mean, variance = mallowspo.distance_moments(n, lam)
-        rows.append({"n": n, "log Z": distance(mallowspo.log_partition(n, lam), log_z),
+        mean, variance = distance_moments(n, lam)
+        rows.append({"n": n, "log Z": distance(log_partition(n, lam), log_z),
                      "mean": distance(mean, summed),
                      "variance": distance(variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
-                     "favourite": distance(mallowspo.top_choice(n, lam), p @ (ranks == 0).to(F64)),
-                     "pair": distance(truth(n, lam)[..., i, j], mallowspo.pair_rates(ranks, p)[..., i, j])})
+                     "favourite": distance(top_choice(n, lam), p @ (ranks == 0).to(F64)),
+                     "pair": distance(truth(n, lam)[..., i, j], pair_rates(ranks, p)[..., i, j])})
     worst = max(row[key] for row in rows for key in row if key != "n")
     return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")])
 
@@ -199,10 +327,10 @@ def spearman(opt) -> Result:
     lam, factors = to_lam(phis)[:, None], torch.linspace(1, 3, 801, dtype=F64)
     for n in (3, 5, 7):
         i, j = pairs_of(n)
-        ranks, gap = mallowspo.enumerate_rankings(n), (j - i).to(F64)
-        p = mallowspo.exact_model(ranks, lam[:, 0], mallowspo.spearman_distance)        # (phis, n!)
+        ranks, gap = enumerate_rankings(n), (j - i).to(F64)
+        p = exact_model(ranks, lam[:, 0], spearman_distance)        # (phis, n!)
         link = torch.exp(-LINKS["mallows-theta"](gap, lam))                             # (phis, pairs)
-        above = mallowspo.pair_rates(ranks, p)[..., i, j] - link
+        above = pair_rates(ranks, p)[..., i, j] - link
         beside = ((ranks[:, i] - ranks[:, j]).abs() == 1).to(F64)                       # (n!, pairs)
         adjacent = (p @ (beside * (ranks[:, i] < ranks[:, j]))) / (p @ beside) - link
         stretched = torch.exp(-LINKS["mallows-theta"](gap, factors[:, None, None] * lam))
@@ -329,7 +457,7 @@ def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
     policy = lambda scale: torch.softmax(scale[..., None, None] * u, -1)
     entropy = lambda scale: torch.special.entr(policy(scale)).sum(-1).mean(-1)      # falls as the scale grows
     target = torch.full(u.shape[:-2], math.log(u.shape[-1]) - kl, dtype=F64)
-    return (policy(mallowspo.invert(entropy, target, high=1e4)) * place).sum(-1).mean(-1)
+    return (policy(invert(entropy, target, high=1e4)) * place).sum(-1).mean(-1)
 
 
 def samples(opt) -> Result:
@@ -380,7 +508,7 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
                "phi, best index": ("mallows-phi", lam),
                "theta, best index": ("mallows-theta", lam),
                "phi, entropy proxy": ("mallows-phi", proxy / proxy.mean(-1, keepdim=True)),
-               "phi, inverted entropy": ("mallows-phi", mallowspo.lam_of_choices(choices)),
+               "phi, inverted entropy": ("mallows-phi", lam_of_choices(choices)),
                "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # no prompt's own
                "dpo, one policy each": ("sigmoid", lam)}
     rows, counts = [], opt.pairs or [16, 64, 256, 1024]
@@ -410,8 +538,8 @@ def shared(opt) -> Result:
     """
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
-    choices = torch.from_numpy(rng.multinomial(64, mallowspo.top_choice(opt.n, lam).numpy())).to(F64)
-    rows, at = compare(opt, rng, chances, chances, lam, mallowspo.favourite_entropy(opt.n, lam), choices)
+    choices = torch.from_numpy(rng.multinomial(64, top_choice(opt.n, lam).numpy())).to(F64)
+    rows, at = compare(opt, rng, chances, chances, lam, favourite_entropy(opt.n, lam), choices)
     claims, dpo = [], at["dpo"]["excess"]
     for name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index"):
         loss, count = at[name]["excess"], at[name]["pairs"]
@@ -508,7 +636,7 @@ def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
 def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
     """The paper's estimate of lam: -log of the normalised entropy, times what makes it right on average."""
     weight = lambda entropy: mallowspo.dispersion_weight(entropy / math.log(n), 1.0)
-    return weight(entropy) * over.mean() / weight(mallowspo.favourite_entropy(n, over)).mean()
+    return weight(entropy) * over.mean() / weight(favourite_entropy(n, over)).mean()
 
 
 def estimate(opt) -> Result:
@@ -520,24 +648,24 @@ def estimate(opt) -> Result:
     rng, size = np.random.default_rng(opt.seed), (opt.seeds, len(lam))
     rows, curves = [], []
     for n in (5, 10):
-        top, differ = mallowspo.top_choice(n, lam).numpy(), mallowspo.disagreement(n, lam).numpy()
+        top, differ = top_choice(n, lam).numpy(), disagreement(n, lam).numpy()
         for m in opt.pairs or [8, 16, 64, 1024]:
             counts = torch.from_numpy(rng.multinomial(m, top, size=size)).to(F64)       # (S, phis, n)
             entropy, couples = torch.special.entr(counts / m).sum(-1), (m + 1) // 2     # (S, phis)
             rate = torch.from_numpy(rng.binomial(couples, differ, size=size) / couples)
             guesses = {"entropy proxy (the paper)": paper_proxy(n, entropy, fine),
-                       "inverted entropy": mallowspo.lam_of_entropy(entropy, n),
-                       "inverted, pseudo-count": mallowspo.lam_of_choices(counts),
-                       "two people, random pair": mallowspo.lam_of_disagreement(rate, n)}
+                       "inverted entropy": lam_of_entropy(entropy, n),
+                       "inverted, pseudo-count": lam_of_choices(counts),
+                       "two people, random pair": lam_of_disagreement(rate, n)}
             for name, guess in guesses.items():
                 square, se = mean_se((guess - lam).square().mean(-1))
                 rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5,
                              "se": se / (2 * square ** .5)})
     worst, ordered = 0.0, True
     for n in (5, 10, 100):
-        entropy = mallowspo.favourite_entropy(n, fine)
+        entropy = favourite_entropy(n, fine)
         guess = paper_proxy(n, entropy, fine)
-        worst = max(worst, distance(mallowspo.lam_of_entropy(entropy, n), fine))
+        worst = max(worst, distance(lam_of_entropy(entropy, n), fine))
         ordered = ordered and bool((guess.diff() > 0).all())
         curves += table({"n": n, "lam": fine, "guess": guess, "ratio": guess / fine})
     curves += table({"n": "lam", "lam": fine, "guess": fine})
@@ -549,7 +677,7 @@ def estimate(opt) -> Result:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Real rankings: PrefLib's .soc (complete strict orders) and .soi (incomplete ones), and what they say.
+# 5. Real rankings: PrefLib's .soc (complete strict orders) and .soi (incomplete ones), and what they say.
 
 class BadFile(Exception):
     """What is wrong with a rankings file, and where."""
@@ -655,7 +783,7 @@ def people(opt) -> Result:
 
 def describe(name: str, ballots: Ballots) -> dict:
     """A file's centre, dispersion and rates by gap, printed and for people.json."""
-    centre, lam = mallowspo.fit_rankings(ballots.ranks, ballots.weight)
+    centre, lam = fit_rankings(ballots.ranks, ballots.weight)
     phi, items = math.exp(-lam), (centre + 1).tolist()
     used = int(ballots.weight.sum())
     rates = by_gap(ballots.ranks[:, centre], ballots.weight, lam)
@@ -669,10 +797,10 @@ def describe(name: str, ballots: Ballots) -> dict:
 
 def by_gap(ranks: Tensor, weight: Tensor, lam: Tensor) -> dict[str, list[float]]:
     """How often an item is preferred to the one k = 1, 2, ... places below: seen, and by two links."""
-    rates, gap = mallowspo.pair_rates(ranks, weight), torch.arange(1, ranks.shape[-1], dtype=F64)
+    rates, gap = pair_rates(ranks, weight), torch.arange(1, ranks.shape[-1], dtype=F64)
     seen = torch.stack([rates.diagonal(k).mean() for k in range(1, len(rates))])
     load = (len(rates) - gap) * gap     # the logistic link's one parameter is where its likelihood is flat
-    slope = mallowspo.invert(lambda c: -(load * torch.sigmoid(c * gap)).sum(), -(load * seen).sum())
+    slope = invert(lambda c: -(load * torch.sigmoid(c * gap)).sum(), -(load * seen).sum())
     links = {"observed": seen, "Kendall": mallowspo.pair_probability(gap, lam),
              "logistic": torch.sigmoid(slope * gap)}
     return {name: rate.tolist() for name, rate in links.items()}
@@ -686,7 +814,7 @@ def held_out(opt, rng, group: list[Ballots]) -> dict[str, Tensor]:
         half = rng.multivariate_hypergeometric(votes, votes.sum() // 2, size=opt.seeds)
         first = torch.from_numpy(half).to(F64)                                          # (S, orders)
         second = torch.from_numpy(votes - half).to(F64)
-        centre, lam = mallowspo.fit_rankings(ranks, first)                              # (S, n), (S,)
+        centre, lam = fit_rankings(ranks, first)                              # (S, n), (S,)
         choices = first @ (ranks == 0).to(F64)                                          # (S, n)
         entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)   # (S,)
         parts.append({"train": rates_by_place(ranks, first, centre), "test": rates_by_place(ranks, second, centre),
@@ -696,12 +824,12 @@ def held_out(opt, rng, group: list[Ballots]) -> dict[str, Tensor]:
 
 def rates_by_place(ranks: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
     """(S, n, n) pair rates of the items in the order of these centres (S, n)."""
-    rates = mallowspo.pair_rates(ranks, weight)
+    rates = pair_rates(ranks, weight)
     return rates.take_along_dim(centre[:, :, None], 1).take_along_dim(centre[:, None], 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
+# 6. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
 #    language model has to learn it in train.py's demo; what the model has learned is known exactly, as above.
 
 # Each question's answers from the population's favourite down; from agreement to dispute, phi rises by line.
@@ -758,7 +886,7 @@ class Population:
         generator = torch.Generator().manual_seed(seed)
         names = torch.randint(len(ASKERS), (count,), generator=generator).tolist()
         turns = math.ceil(count / len(self.phi))
-        rankings = [mallowspo.sample_rankings(turns, 6, -math.log(phi), generator)
+        rankings = [sample_rankings(turns, 6, -math.log(phi), generator)
                     for phi in self.phi.tolist()]
         for i in range(count):
             turn, question = divmod(i, len(self.phi))
@@ -898,7 +1026,7 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. What to run, to print and to draw.
+# 7. What to run, to print and to draw.
 
 class Panel(NamedTuple):
     x: str

@@ -1,14 +1,15 @@
 """Preference records -> checked, tokenised pairs -> a fixed schedule of packed rows.
 
 A record is an object of JSON with "prompt", "chosen", "rejected", see FORMS; "dispersion" (phi in (0, 1]), "votes"
-([for chosen, for rejected]) and "scores" (a judge's, [of chosen, of rejected]) are optional.  Strings are used as they
-are; messages go through the tokenizer's own chat template.  Prompt and response meet between two tokens; the token that
-ends a response is scored, once.
+([for chosen, for rejected]), "scores" (a judge's, [of chosen, of rejected]) and "rewards" (what else they are worth)
+are optional.  Strings are used as they are; messages go through the tokenizer's own chat template.  Prompt and response
+meet between two tokens; the token that ends a response is scored, once.
 
     python data.py pairs.jsonl --model DIR          the data doctor: what is in it, what is wrong, what is scored
 """
 import argparse
 import contextlib
+import difflib
 import faulthandler
 import gzip
 import hashlib
@@ -60,6 +61,7 @@ class Record(NamedTuple):
     dispersion: float | None    # phi(x) that the data carries
     votes: list[int] | None     # how many people were for [chosen, rejected]
     scores: list[float] | None  # how a judge or a reward model rates [chosen, rejected]
+    rewards: list[float] | None  # what else [chosen, rejected] are worth, see mallowspo.advantages
     form: str
 
 
@@ -82,21 +84,24 @@ def parse(item, need_rejected: bool = True) -> Record:
     if votes is not None and not (isinstance(votes, list) and len(votes) == 2 and any(votes)
                                   and all(type(count) is int and 0 <= count < 1 << 31 for count in votes)):
         raise BadData(f"'votes' is {votes!r}, not [for chosen, for rejected], two counts of which one is above 0")
-    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), form)
+    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), _numbers("rewards", item.get("rewards")), form)
 
 
 def _scores(item: dict) -> list[float] | None:
     """The ratings of both responses: "scores", or "score_chosen" and "score_rejected" as UltraFeedback has them."""
     pair = [item.get("score_chosen"), item.get("score_rejected")]
-    scores = item.get("scores", pair if pair != [None, None] else None)
-    if scores is None:
-        return None
-    if not (isinstance(scores, list) and len(scores) == 2 and all(type(x) in (int, float) and abs(x) < 1e30
-                                                                 for x in scores)):
-        raise BadData(f"its scores are {scores!r:.200}, not numbers of [chosen, rejected]")
-    if pair not in ([None, None], scores):
+    scores = _numbers("scores", item.get("scores", pair if pair != [None, None] else None))
+    if scores and pair not in ([None, None], scores):
         raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {pair}")
     return scores
+
+
+def _numbers(name: str, value) -> list[float] | None:
+    """A number for each response, or nothing."""
+    if value is not None and not (isinstance(value, list) and len(value) == 2
+                                  and all(type(x) in (int, float) and abs(x) < 1e30 for x in value)):
+        raise BadData(f"its {name} are {value!r:.200}, not numbers of [chosen, rejected]")
+    return value
 
 
 def plain(text: Text) -> str:
@@ -444,6 +449,7 @@ class Pair(NamedTuple):
     where: str                   # file:line
     votes: list[int] | None = None
     scores: list[float] | None = None
+    rewards: list[float] | None = None
 
     def cost(self) -> int:
         """Tokens in a row: the prompt once, each response without its last token, from which nothing is predicted."""
@@ -453,6 +459,30 @@ class Pair(NamedTuple):
         """16 bytes that name the token ids."""
         parts = [ids.astype("<i4").tobytes() for ids in (self.prompt, self.chosen, self.rejected)]
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()[:16]
+
+
+def all_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
+    return [np.ones(len(ids), dtype=bool) for ids in (pair.chosen, pair.rejected)]
+
+
+def sampled_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
+    """As many tokens of each response as the shorter one has, drawn at random: bool masks of chosen and rejected."""
+    sides, rng = (pair.chosen, pair.rejected), np.random.default_rng(seed)
+    return [rng.permutation(len(ids)) < min(map(len, sides)) for ids in sides]
+
+
+def differing_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
+    """The tokens that the other response has not, by difflib's longest matching blocks."""
+    masks = all_tokens(pair, seed)
+    matcher = difflib.SequenceMatcher(None, pair.chosen.tolist(), pair.rejected.tolist(), autojunk=False)
+    for start, other, size in matcher.get_matching_blocks():
+        masks[0][start:start + size] = False
+        masks[1][other:other + size] = False
+    return masks
+
+
+# Which tokens each of mallowspo.TOKEN_WEIGHTS is about.
+TOKEN_MASKS = {"decay": all_tokens, "sample": sampled_tokens, "difference": differing_tokens}
 
 
 class Dataset(NamedTuple):
@@ -491,10 +521,10 @@ def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
 
 
 def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
-               skip_bad: bool = False, need_rejected: bool = True, needed: str | None = None) -> Dataset:
+               skip_bad: bool = False, need_rejected: bool = True, needed: tuple[str, ...] = ()) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
-    max_tokens bounds prompt + response; `needed` is a field that every record must have ("votes", for example).
+    max_tokens bounds prompt + response; `needed` are fields that every record must have ("votes", for example).
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
     max_dropped of the pairs does not fit, and if nothing is left.
     """
@@ -511,9 +541,10 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
             continue
         cut += len(prompt) < len(ids[0])
         arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
-        pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores))
-        if needed and getattr(record, needed) is None:
-            raise BadData(f"{where}: no {needed!r}; this --dispersion needs it in every record")
+        pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
+        for name in needed:
+            if getattr(record, name) is None:
+                raise BadData(f"{where}: no {name!r}; this method or --dispersion needs it in every record")
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
@@ -586,6 +617,9 @@ class Split:
     ref_logp: Tensor             # (P, 2) the reference's log-probability of both responses, nats
     index: Tensor                # (P,) dispersion index, or the phi of the record; nan: not visited
     weight: Tensor               # (P,) of the prompt in the loss
+    start_logp: Tensor           # (P, 2) of the policy before step 1; ref_logp, unless there are several references
+    advantage: Tensor            # (P, 2) see mallowspo.advantages
+    ref_tokens: dict[int, np.ndarray]       # per-token ref_logp of each pair, chosen then rejected
 
     @classmethod
     def plan(cls, pairs: list[Pair], batch_size: int, seed: int, tokens_per_row: int | None, default: int,
@@ -598,9 +632,9 @@ class Split:
         if costs[longest] > budget:
             raise BadData(f"--tokens-per-row {budget} is too small for {pairs[longest].where}, which takes "
                           f"{costs[longest]} tokens; raise it, or lower --max-tokens")
-        schedule = Schedule(costs, batch_size, seed, budget)
-        return cls(pairs, schedule, schedule.steps_per_epoch, torch.zeros(len(pairs), 2, device=device),
-                   torch.full((len(pairs),), torch.nan), torch.ones(len(pairs), device=device))
+        schedule, zeros = Schedule(costs, batch_size, seed, budget), torch.zeros(len(pairs), 2, device=device)
+        return cls(pairs, schedule, schedule.steps_per_epoch, zeros, torch.full((len(pairs),), torch.nan),
+                   torch.ones(len(pairs), device=device), zeros, zeros, {})
 
     def first_epoch(self) -> range:
         """The steps that visit each pair that is ever visited."""
@@ -612,13 +646,16 @@ class Split:
 
     def digest(self) -> str:
         """A hash of all that a run takes from the records."""
-        parts = (pair.digest() + f"{pair.dispersion} {pair.votes} {pair.scores}".removesuffix(" None").encode()
-                 for pair in self.pairs)
+        parts = []
+        for pair in self.pairs:
+            fields = f"{pair.dispersion} {pair.votes} {pair.scores} {pair.rewards}"
+            parts.append(pair.digest() + fields.removesuffix(" None").removesuffix(" None").encode())
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    def set_reference(self, scores: dict, vocab_size: int) -> None:
-        """Take over what the reference said of the pairs that are visited: digest of a pair -> (logp, entropy), arrays
-        over the tokens of chosen, then rejected."""
+    def sum_scores(self, scores: dict) -> tuple[Tensor, Tensor]:
+        """(P, 2) sums of the log-probabilities and (P, 2) means of the entropies over each response, nan where a pair
+        is not visited.  scores: digest of a pair -> (logp, entropy), arrays over the tokens of chosen, then rejected.
+        """
         logp, entropy = np.zeros((len(self.pairs), 2)), np.full((len(self.pairs), 2), np.nan)
         for i in self.visited():
             pair = self.pairs[i]
@@ -627,8 +664,25 @@ class Split:
                 raise BadData(f"{pair.where}: has more or fewer tokens than the reference's scores of it")
             logp[i] = [half.sum(dtype=np.float64) for half in (found.logp[:end], found.logp[end:])]
             entropy[i] = [half.mean(dtype=np.float64) for half in (found.entropy[:end], found.entropy[end:])]
-        self.ref_logp = torch.from_numpy(logp).to(self.ref_logp)                                      # (P, 2)
-        self.index = mallowspo.dispersion_index(torch.from_numpy(entropy), vocab_size).float()        # (P,)
+        return torch.from_numpy(logp), torch.from_numpy(entropy)
+
+    def set_reference(self, scores: dict, vocab_size: int, tokens: bool = False) -> None:
+        """Take over what the reference said of the pairs that are visited, if asked of each of their tokens."""
+        logp, entropy = self.sum_scores(scores)
+        self.ref_logp = self.start_logp = logp.to(self.ref_logp)                                      # (P, 2)
+        self.index = mallowspo.dispersion_index(entropy, vocab_size).float()                          # (P,)
+        if tokens:
+            self.ref_tokens = {i: scores[self.pairs[i].digest()].logp for i in self.visited()}
+
+    def token_inputs(self, kind: str, indices: list[int], step: int) -> tuple[Tensor, Tensor]:
+        """For the scored tokens of these pairs, in the order of a row: (N,) the reference's log-probability, and (N,)
+        the mask of this kind of token weights, in which what is random follows from (seed, step, pair) alone."""
+        logp, masks = [np.empty(0, dtype=np.float32)], [np.empty(0, dtype=bool)]        # a row may have no pairs
+        for i in indices:
+            logp.append(self.ref_tokens[i])
+            masks += TOKEN_MASKS[kind](self.pairs[i], [self.schedule.seed, step, i])
+        device = self.ref_logp.device
+        return torch.from_numpy(np.concatenate(logp)).to(device), torch.from_numpy(np.concatenate(masks)).to(device)
 
 
 class PackedRow(NamedTuple):
@@ -643,6 +697,11 @@ class PackedRow(NamedTuple):
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self[:5]
+
+    def place(self) -> Tensor:
+        """(N,) where in its response each scored token stands, from 0."""
+        ends = self.length.flatten().cumsum(0)
+        return torch.arange(len(self.owner), device=self.owner.device) - (ends - self.length.flatten())[self.owner]
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """(N,) values of scored tokens -> (P, R) sums over each response, added up in float64: in any order alike."""

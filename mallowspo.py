@@ -4,13 +4,14 @@ People agree on some prompts ("1 + 1 = ?") and disagree on others ("the best piz
 model puts that into one number per prompt x, the dispersion phi(x) in (0, 1]: near 0 everybody agrees, at 1 the
 ranking is a coin toss.  MallowsPO is DPO that knows this number.  With lam(x) = -log phi(x) >= 0,
 
-    r(y) = |y|^-eta * (log pi(y|x) - alpha * log ref(y|x))          implicit reward of response y, divided by beta
-    h    = beta * (r(chosen) - r(rejected) - margin)                how far the policy prefers the chosen one
-    loss = -log g(h; lam(x))  +  sft * NLL(chosen)                  g: the probability that a person agrees
+    r(y) = |y|^-eta * sum_t a_t * (log pi(y_t) - alpha * log ref(y_t))      implicit reward of response y, over beta
+    h    = beta * (r(chosen) - T(r(rejected)) - margin) + b * (|chosen| - |rejected|)
+    loss = mu * -log g(h; lam(x))  +  sft * NLL(chosen)                     g: the probability that a person agrees
 
-and a method is a row of settings of these three lines (the table LOSSES).  The link g of MallowsPO-theta (Spearman's
-rho) is DPO's sigmoid with beta scaled per prompt, that of MallowsPO-phi (Kendall's tau) is curved; theta and phi are
-the paper's names.  A link without lam (DPO's, IPO's) gets weight(x) * h for h: the plug-in.  Where lam comes from:
+and a method is a row of settings of these three lines (the table LOSSES); what it does not set is neutral: token
+weights a_t = 1, T the identity, mu = 1.  The link g of MallowsPO-theta (Spearman's rho) is DPO's sigmoid with beta
+scaled per prompt, that of MallowsPO-phi (Kendall's tau) is curved; theta and phi are the paper's names.  A link
+without lam (DPO's, IPO's) gets weight(x) * h for h: so dispersion plugs into any row.  Where lam comes from:
 
     entropy of the reference -> index H, a stand-in for phi -> weight = phi_star * -log H, mean 1 -> lam = c * weight
 
@@ -31,10 +32,10 @@ fit_trust.  In a training loop of your own:
 
     python mallowspo.py             prints what the dispersion does to the loss
 
-The file: 1. the objective -> 2. the dispersion index and weight -> 3. the links g -> 4. the ranking models behind
-them, which only bandit.py needs.  Functions on tensors; the loss is float32 of float32, float64 of float64.
+The file: 1. the objective -> 2. its terms that have a formula of their own -> 3. the dispersion index and weight ->
+4. the links g (the ranking models behind them are in bandit.py).  Functions on tensors; the loss is float32 of
+float32, float64 of float64.
 """
-import itertools
 import math
 from typing import NamedTuple
 
@@ -54,19 +55,48 @@ class Method(NamedTuple):
     eta: float = 0.0              # 1 divides the log-ratio by the response's length
     margin: float = 0.0           # what r(chosen) must lead by
     sft: float = 0.0              # weight of the chosen response's negative log-likelihood per token
+    token_weights: str = "equal"  # a_t: "equal" (1), or a name of TOKEN_WEIGHTS
+    token_decay: float = 0.98     # of "decay": a token's weight, as a share of that of the token before
+    token_cap: float = 2.0        # of "difference": the most that is added to a token's weight
+    clip_rejected: bool = False   # T = max(0, .): no more push once the rejected one is below the reference
+    length_term: float = 0.0      # b: what a longer chosen response is ahead by, per token
+    smoothing: float = 0.0        # share of the labels held to be wrong
+    unbiased: bool = False        # of smoothing: subtract what they do on average, not imitate it
+    focal: float = 0.0            # mu = g^focal: less weight to pairs that the policy gets wrong
+    focal_gradient: bool = False  # of focal: the gradient passes through mu too
+    advantage: float = 0.0        # weight of a likelihood of both responses, by the record's "rewards"
+    advantage_beta: float = 1.0   # of advantage: e-fold of that likelihood's weight, in units of the rewards
+    reference_mix: str = "adaptive"     # of several references: weights by how sure each is, or "equal"
+    reference_clip: float = 0.1   # of several references: how far they may be from the first, as a share of it
 
 
 LOSSES = {
-    # The papers stand beside the LINKS; SimPO: arXiv 2405.14734, Eq. 6; RainbowPO: arXiv 2410.04203.  IPO averages
-    # over tokens, as its authors confirmed; the hinge keeps the reference, as in TRL.
+    # The papers stand beside the LINKS, or here: by arXiv number.  Defaults are the authors', or those of the table
+    # in README.md.  IPO averages over tokens, as its authors confirmed; the hinge keeps the reference, as in TRL;
+    # RainbowPO's margin is (1 - alpha) * 0.1.
+    # (ORPO is missing: its odds, log p - log(1 - p), are not a difference of log-probabilities.)
     "dpo":           Method("sigmoid"),
+    "cdpo":          Method("sigmoid", smoothing=0.1),                                  # Mitchell 2023, a note
+    "robust":        Method("sigmoid", smoothing=0.1, unbiased=True),                   # 2403.00409
+    "ipo":           Method("square", eta=1.0),
+    "hinge":         Method("hinge"),
+    "exo":           Method("exo"),
+    "dpo-norm":      Method("sigmoid", beta=10.0, eta=1.0),
+    "simpo":         Method("sigmoid", beta=10.0, alpha=0.0, eta=1.0, margin=0.3),      # 2405.14734, Eq. 6
+    "cpo":           Method("sigmoid", alpha=0.0, sft=1.0),                             # 2401.08417
+    "r-dpo":         Method("sigmoid", length_term=0.01),                               # 2403.19159
+    "rainbowpo":     Method("sigmoid", "entropy", beta=10.0, alpha=0.25, eta=1.0, margin=0.075),    # 2410.04203
+    "decay-dpo":     Method("sigmoid", token_weights="decay"),                          # 2502.14340
+    "focalpo":       Method("sigmoid", focal=0.05),                                     # 2501.06645
+    "minor-dpo":     Method("sigmoid", clip_rejected=True),                             # 2408.09834
+    "bmc":           Method("sigmoid", beta=0.01, token_weights="difference"),          # 2408.07471, its loss
+    "sampo":         Method("sigmoid", token_weights="sample"),                         # 2406.10957
+    "hpo":           Method("sigmoid", advantage=0.1),                                  # 2405.17956
+    "mrpo":          Method("sigmoid"),                                                 # 2405.16388: --references
     "mallows-theta": Method("mallows-theta", "entropy"),
     "mallows-phi":   Method("mallows-phi", "entropy"),
-    "ipo":           Method("square", eta=1.0),
     "mallows-ipo":   Method("square", "entropy", eta=1.0),
-    "hinge":         Method("hinge"),
-    "simpo":         Method("sigmoid", beta=10.0, alpha=0.0, eta=1.0, margin=0.3),
-    "rainbowpo":     Method("sigmoid", "entropy", beta=10.0, alpha=0.25, eta=1.0, margin=0.1),
+    "mallows-simpo": Method("sigmoid", "entropy", beta=10.0, alpha=0.0, eta=1.0, margin=0.3),
     "sft":           Method(None, alpha=0.0, sft=1.0),
 }
 
@@ -82,30 +112,109 @@ class Outcome(NamedTuple):
     rejected_logp: Tensor
 
 
-def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, weight: Tensor) -> Outcome:
+def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, weight: Tensor,
+              plain: Tensor | None = None, advantage: Tensor | None = None) -> Outcome:
     """The loss of each pair, and what to report of it.
 
     logp, ref_logp: (B, 2) log-probability (nats) of the chosen and the rejected response under policy and
     reference, summed over its tokens;  length: (B, 2) how many tokens those are (0 for a missing response, as
-    sft allows);  weight: (B,) of the prompts, without gradient."""
-    length = length.to(logp.dtype).clamp(min=1)
-    reward = (logp - method.alpha * ref_logp) / length ** method.eta                    # (B, 2)
-    loss = -method.sft * logp[:, 0] / length[:, 0]                                      # (B,)
+    sft allows);  weight: (B,) of the prompts, without gradient.  Of methods with token weights, logp and ref_logp are
+    the sums of a_t times it (see token_weights), and plain is the policy's without them, which the likelihood terms
+    take.  advantage: (B, 2) see advantages."""
+    plain = logp if plain is None else plain
+    count = length.to(logp.dtype).clamp(min=1)
+    reward = (logp - method.alpha * ref_logp) / count ** method.eta                     # (B, 2)
+    nll = -plain / count                                                                # (B, 2) per token
+    loss = method.sft * nll[:, 0]                                                       # (B,)
+    if method.advantage:
+        loss = loss + method.advantage * (advantage_factor(advantage, method) * nll).mean(-1)
     if method.link is not None:
-        h = method.beta * (reward[:, 0] - reward[:, 1] - method.margin)                 # (B,)
+        chosen, rejected = reward[:, 0], reward[:, 1]
+        if method.clip_rejected:
+            rejected = rejected.clamp(min=0)        # at 0, where training starts, its gradient passes: as in DPO
+        h = method.beta * (chosen - rejected - method.margin)                           # (B,)
+        if method.length_term:
+            h = h + method.length_term * (count[:, 0] - count[:, 1])
         if method.link not in LAM_OF_WEIGHT:
             h = weight * h                   # a link that ignores lam: MallowsPO as a plug-in
-        loss = loss + LINKS[method.link](h, lam_of(method, weight))
+        loss = loss + preference_loss(method, h, lam_of(method, weight))
 
     reward = method.beta * reward.detach()                                              # (B, 2)
     margin = reward[:, 0] - reward[:, 1]
     accuracy = (margin.sign() + 1) / 2
-    logp = logp.detach() / length                                                       # (B, 2) per token
-    return Outcome(loss, accuracy, margin, reward[:, 0], reward[:, 1], logp[:, 0], logp[:, 1])
+    nll = nll.detach()
+    return Outcome(loss, accuracy, margin, reward[:, 0], reward[:, 1], -nll[:, 0], -nll[:, 1])
+
+
+def preference_loss(method: Method, h: Tensor, lam: Tensor) -> Tensor:
+    """mu * -log g(h; lam), with some of the labels held to be wrong; elementwise.
+
+    Smoothing by e: (1 - e) L(h) + e L(-h) is the mean loss of somebody who errs so often (cDPO), and
+    ((1 - e) L(h) - e L(-h)) / (1 - 2 e) has, over such labels, the mean of the loss without errors (robust)."""
+    right = LINKS[method.link](h, lam)
+    loss = right
+    if method.smoothing:
+        wrong_share = method.smoothing
+        if method.unbiased:
+            wrong_share = -method.smoothing / (1 - 2 * method.smoothing)
+        loss = (1 - wrong_share) * right + wrong_share * LINKS[method.link](-h, lam)
+    if method.focal:
+        factor = torch.exp(-method.focal * right)                                       # g^focal
+        # With its gradient, a pair with g < e^(-1 / focal) is unlearned: at the start, every one if focal > 1.44.
+        loss = (factor if method.focal_gradient else factor.detach()) * loss
+    return loss
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. The dispersion index H(x): how much people disagree about x, guessed from how undecided the reference is.
+# 2. Terms that have a formula of their own.
+
+TOKEN_WEIGHTS = {
+    # (method, logp (N,) of the tokens under the policy, place (N,) in the response from 0, mask (N,)) -> a_t (N,)
+    "decay": lambda method, logp, place, mask: method.token_decay ** place.to(logp.dtype),
+    "sample": lambda method, logp, place, mask: mask.to(logp.dtype),
+    "difference": lambda method, logp, place, mask: 1 + mask * torch.exp(-logp).clamp(max=method.token_cap),
+}
+
+
+def token_weights(method: Method, logp: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    """(N,) weights a_t of response tokens, the same for policy and reference, without gradient.
+
+    "decay" (2502.14340): earlier tokens count more.  "sample" (SamPO): mask has as many tokens of the longer
+    response, drawn at random, as the shorter one has.  "difference" (BMC): tokens that the other response has not
+    (mask) count 1 + min(1 / pi, cap), the policy's pi also for the reference (the authors' code takes its own)."""
+    return TOKEN_WEIGHTS[method.token_weights](method, logp.detach(), place, mask)
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """(P, 2) rewards of both responses -> how much better each is than their mean, which stands in for HPO's value
+    head: that needs a second network."""
+    return rewards - rewards.mean(-1, keepdim=True)
+
+
+def advantage_factor(advantage: Tensor, method: Method) -> Tensor:
+    """exp(A / beta'), the weight of a response's likelihood in HPO; 20 at most, as is usual for such weights."""
+    return torch.exp((advantage / method.advantage_beta).clamp(max=math.log(20)))
+
+
+def mixed_reference(method: Method, logps: Tensor) -> Tensor:
+    """(K, P, 2) log-probabilities of both responses under K references -> (P, 2) under their harmonic mean (MRPO).
+
+    1 / sum_k alpha_k / ref_k, where each further reference is first clipped to (1 -+ eps) times the log-probability
+    of references[0].  The share eps = reference_clip is split between chosen and rejected in proportion to the mean
+    log-probability; adaptive weights alpha_k follow |log ref_k(chosen) - log ref_k(rejected)|."""
+    logps = logps.double()
+    size = logps.mean(0).abs()                                                          # (P, 2)
+    eps = method.reference_clip * size / size.sum(-1, keepdim=True).clamp(min=1e-30)
+    near = logps.clamp((1 + eps) * logps[0], (1 - eps) * logps[0])                      # (K, P, 2)
+    sure = torch.ones_like(logps[..., 0])                                               # (K, P)
+    if method.reference_mix == "adaptive":
+        sure = logps.diff(dim=-1)[..., 0].abs().clamp(min=1e-30)
+    alpha = (sure / sure.sum(0))[..., None]                                             # (K, P, 1)
+    return logps[0] - (alpha.log() + logps[0] - near).logsumexp(0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The dispersion index H(x): how much people disagree about x, guessed from how undecided the reference is.
 
 INDEX_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 drops the pair
 
@@ -237,7 +346,7 @@ def lam_of_votes(votes: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The links.  LINKS[name](h, lam) holds the loss of one pair: -log g(h; lam) where g is a probability, as g
+# 4. The links.  LINKS[name](h, lam) holds the loss of one pair: -log g(h; lam) where g is a probability, as g
 #    itself underflows where the loss is large.  Element by element, shapes broadcast.
 
 LINKS = {
@@ -246,12 +355,19 @@ LINKS = {
     "mallows-phi":   lambda h, lam: -F.logsigmoid(kendall_logit(h, lam)),  # Kendall's tau: MallowsPO, Eq. 11
     "square":        lambda h, lam: (h - 0.5) ** 2,                        # IPO: 2310.12036, Eq. 17, * beta^2
     "hinge":         lambda h, lam: F.relu(1 - h),                         # SLiC-HF: arXiv 2305.10425
+    "exo":           lambda h, lam: exo_divergence(h),                     # EXO: arXiv 2402.00856
 }
 BRIDGE = 1.0    # half-width of the bridge over the Kendall link's jump at h = 0; up to 1, g is exact at integer h
 
 
+def exo_divergence(h: Tensor, e: float = 1e-3) -> Tensor:
+    """KL of the policy's choice (q, 1 - q), q = sigmoid(h), from a label's (1 - e, e): DPO's KL is the other way."""
+    log_q, log_not = F.logsigmoid(h), F.logsigmoid(-h)
+    return log_q.exp() * (log_q - math.log1p(-e)) + log_not.exp() * (log_not - math.log(e))
+
+
 def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
-    """logit g(h; lam) of the Kendall link (MallowsPO, Eq. 11), the pair probability of section 4:
+    """logit g(h; lam) of the Kendall link (MallowsPO, Eq. 11), a pair probability of Kendall's model:
 
         g(h) = (h+1) / (1 - phi^(h+1)) - h / (1 - phi^h)   for h > 0,    g(-h) = 1 - g(h),    phi = exp(-lam)
 
@@ -313,140 +429,12 @@ def _logit_series(a: Tensor, lam: Tensor) -> Tensor:
     return torch.log1p(2 * excess) - torch.log1p(-2 * excess)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The ranking models, for the simulator.  Kendall-Mallows:  P(ranking) = phi^d(ranking, centre) / Z
-#    d counts the pairs that a ranking orders otherwise than the centre (Mallows 1957).  A ranking of n items
-#    is written as ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
-
 def pair_probability(gap: Tensor, lam: Tensor) -> Tensor:
     """P(a person ranks item i above item j) when the centre puts i `gap` places above j (negative: below).
 
     Exact at every integer gap, for any number of items.  The loss of MallowsPO-phi is -log of it, h the gap.
     """
     return torch.sigmoid(kendall_logit(gap, lam))
-
-
-def log_partition(n: int, lam: Tensor) -> Tensor:
-    """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
-
-    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions.
-    """
-    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
-    return exponents.logcumsumexp(-1).sum(-1)
-
-
-def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator | None = None) -> Tensor:
-    """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
-
-    The items arrive from the centre's best to its worst; item i overtakes j of those before it with a
-    probability proportional to phi^j, and each overtaking is one inversion."""
-    ranks = torch.empty(count, 0, dtype=torch.long)
-    for i in range(n):
-        chances = torch.exp(-lam * torch.arange(i + 1.0, dtype=torch.float64))
-        overtaken = torch.multinomial(chances, count, replacement=True, generator=generator)
-        place = i - overtaken[:, None]                                                  # (count, 1)
-        ranks = torch.cat([ranks + (ranks >= place), place], dim=1)                     # (count, i + 1)
-    return ranks
-
-
-def top_choice(n: int, lam: Tensor) -> Tensor:
-    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normed."""
-    return torch.softmax(-lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device), -1)
-
-
-def favourite_entropy(n: int, lam: Tensor) -> Tensor:
-    """Entropy (nats) of people's favourites; falls from log n at lam = 0, with slope -lam * Var(place)."""
-    return torch.special.entr(top_choice(n, lam)).sum(-1)
-
-
-def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
-
-    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0.
-    """
-    mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
-    for i in range(2, n + 1):
-        cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
-        chances = top_choice(i, lam)                                # (..., i) the same law as of a favourite
-        step = (chances * cost).sum(-1, keepdim=True)                                   # (..., 1)
-        mean = mean + step[..., 0]
-        variance = variance + (chances * (cost - step) ** 2).sum(-1)
-    return mean, variance
-
-
-def kendall_distance(ranks: Tensor) -> Tensor:
-    """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
-    return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
-
-
-def spearman_distance(ranks: Tensor) -> Tensor:
-    """Sum over the items of the squared difference between their place and the centre's (Spearman's rho)."""
-    return (ranks - torch.arange(ranks.shape[-1])).square().sum(-1)
-
-
-def enumerate_rankings(n: int) -> Tensor:
-    """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
-    return torch.tensor(list(itertools.permutations(range(n))))
-
-
-def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor:
-    """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
-    return torch.softmax(-lam[..., None] * distance(ranks), -1)
-
-
-def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
-    """(..., n, n) share of rankings (count, n), weighted by (..., count), that place item i above item j."""
-    above = ranks[:, :, None] < ranks[:, None, :]                                       # (count, n, n)
-    return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
-
-
-def disagreement(n: int, lam: Tensor) -> Tensor:
-    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
-    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
-    agree = pair_probability(gap, lam[..., None])                                       # (..., n - 1)
-    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
-
-
-def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
-    """Where in [0, high] a decreasing function takes these values, by bisection; else the nearer end."""
-    low, high = torch.zeros_like(value), torch.full_like(value, high)
-    for _ in range(64):
-        middle = (low + high) / 2
-        above = decreasing(middle) > value
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return (low + high) / 2
-
-
-def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
-    """lam at which people's favourites among n answers have this entropy (nats)."""
-    return invert(lambda lam: favourite_entropy(n, lam), entropy)
-
-
-def lam_of_choices(counts: Tensor) -> Tensor:
-    """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
-
-    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite.
-    """
-    n = counts.shape[-1]
-    share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
-    return lam_of_entropy(torch.special.entr(share).sum(-1), n)
-
-
-def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
-    """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
-    return invert(lambda lam: disagreement(n, lam), rate)
-
-
-def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) by weight (..., count) people.
-
-    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood
-    of an exponential family is highest where the expected distance is the mean one."""
-    weight = weight / weight.sum(-1, keepdim=True)
-    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
-    placed = ranks.T[centre].transpose(-1, -2)                                          # (..., count, n)
-    distance = (weight * kendall_distance(placed)).sum(-1)
-    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
 
 
 def main():

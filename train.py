@@ -53,20 +53,26 @@ from torch.optim.adamw import adamw
 import mallowspo
 from bandit import DEMO_PANELS, NEW_ASKERS, Population, draw, report
 from data import BadData, Pair, Split, Tokenizer, collate, find_model, hold_out, load_pairs, to_device
-from mallowspo import LOSSES, Method, Outcome
+from mallowspo import LOSSES, TOKEN_WEIGHTS, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The method and the loop
 
-def score_pairs(policy, method: Method, split: Split, indices: list[int], world: World) -> Outcome:
-    """Run the policy on these pairs, packed into one row of tokens: the loss of each, and what else Outcome has."""
+def score_pairs(policy, method: Method, split: Split, indices: list[int], step: int, world: World) -> Outcome:
+    """Run the policy on these pairs, packed into one row of tokens: the loss of each, and what else Outcome has.  The
+    step only chooses the tokens of methods that draw some."""
     row = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)        # prompt, chosen, rejected
     at = to_device(indices, world.device)
     with world.autocast():
         logp, _ = policy(*row.inputs())                                 # (N,) of all response tokens; no entropies
-    logp = row.sum_by_response(logp)                                    # (B, 2)
-    return mallowspo.objective(method, logp, split.ref_logp[at], row.length, split.weight[at])
+    plain = row.sum_by_response(logp)                                   # (B, 2)
+    weighted, ref_logp = plain, split.ref_logp[at]
+    if method.token_weights != "equal":
+        ref_tokens, mask = split.token_inputs(method.token_weights, indices, step)      # (N,)
+        a = mallowspo.token_weights(method, logp, row.place(), mask)
+        weighted, ref_logp = row.sum_by_response(a * logp), row.sum_by_response(a * ref_tokens)
+    return mallowspo.objective(method, weighted, ref_logp, row.length, split.weight[at], plain, split.advantage[at])
 
 
 def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float], bool]:
@@ -78,7 +84,7 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
     for indices in rows:
         with gradient_sync(run.policy, world, now=indices is rows[-1]):
             # --- the method: everything else in this file is bookkeeping ------------------------------------
-            outcome = score_pairs(run.policy, run.cfg.method, split, indices, world)
+            outcome = score_pairs(run.policy, run.cfg.method, split, indices, step, world)
             loss = outcome.loss.sum() / len(batch)                      # neither ranks nor rows change the step
             # ------------------------------------------------------------------------------------------------
             run.scaler.scale(loss * world.size).backward()              # DDP takes the mean over ranks, not the sum
@@ -134,7 +140,7 @@ def evaluate(model: Transformer, method: Method, held_out: Split, world: World) 
     accuracy = torch.zeros(len(held_out.pairs), device=world.device)
     for step in range(held_out.steps):
         for row in held_out.schedule.rows(step, world.rank, world.size):
-            outcome = score_pairs(model, method, held_out, row, world)
+            outcome = score_pairs(model, method, held_out, row, 0, world)     # drawn tokens: always the same
             total += torch.stack([value.sum() for value in outcome])    # (7,)
             accuracy[to_device(row, world.device)] = outcome.accuracy
     means = world.sum_over_ranks(total) / len(held_out.pairs)
@@ -227,7 +233,12 @@ def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: 
         path = Path(cfg.reference or Path(cfg.out) / "reference.safetensors")
         scores = score_reference(model, path, state["run"]["model_sha256"], splits, world)
         for each in splits:
-            each.set_reference(scores, model.config.vocab_size)
+            each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
+        mix_references(cfg, splits, path, world)
+    if method.advantage:
+        for each in splits:
+            rewards = torch.tensor([pair.rewards for pair in each.pairs])
+            each.advantage = mallowspo.advantages(rewards).to(each.advantage)
     if method.dispersion == "constant":
         return
     if method.dispersion in RECORD_PHI:
@@ -242,6 +253,21 @@ def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: 
     world.say(f"dispersion  power {state['run']['dispersion_power']:.2f}{learned}; phi_star "
               f"{state['run']['phi_star']:.4f} ({how}), weights {weight.min():.2f} to {weight.max():.2f}, mean "
               f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
+
+
+def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -> None:
+    """With --references: each of them scores the pairs too, one after the other, each into a file of its own."""
+    if not cfg.references:
+        return
+    logps = [[each.ref_logp.cpu()] for each in splits]
+    for number, name in enumerate(cfg.references, 2):
+        other, file = open_model(cfg, name, world), path.with_name(f"{path.stem}-{number}{path.suffix}")
+        scores = score_reference(other, file, fingerprint(other, world), splits, world)
+        del other                                                  # its memory is the next one's
+        for each, found in zip(splits, logps):
+            found.append(each.sum_scores(scores)[0].to(found[0]))
+    for each, found in zip(splits, logps):
+        each.ref_logp = mallowspo.mixed_reference(cfg.method, torch.stack(found)).to(each.ref_logp)
 
 
 def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
@@ -318,16 +344,23 @@ def flag(default, text):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VALUES = [          # flags, what their values must fulfil, and in words
     ("model out reference", lambda v: v and v.isprintable(), "not be empty, nor hold control characters"),
-    ("data eval_data", lambda v: all(name and name.isprintable() for name in v), "name files"),
-    ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha",
+    ("data eval_data references", lambda v: all(name and name.isprintable() for name in v), "name files"),
+    ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha "
+     "advantage_beta",
      lambda v: 0 < v < math.inf, "be a number above 0"),
-    ("eval_pairs save_every samples sample_tokens sft lora_rank", lambda v: 0 <= v < math.inf,
-     "be a number, 0 or above"),
-    ("warmup alpha eta max_dropped", lambda v: 0 <= v <= 1, "be from 0 to 1"),
+    ("eval_pairs save_every samples sample_tokens sft lora_rank token_cap focal advantage",
+     lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
+    ("warmup alpha eta max_dropped token_decay reference_clip", lambda v: 0 <= v <= 1, "be from 0 to 1"),
+    ("smoothing", lambda v: 0 <= v < 0.5, "be from 0 to below 0.5"),
     ("dispersion_power", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1], "be learn, or from 0 to 8"),
-    ("margin", math.isfinite, "be a number"),
+    ("margin length_term", math.isfinite, "be a number"),
     ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
 ]
+
+
+TERMS = "clip_rejected length_term smoothing focal advantage".split()           # with their flag at 0 they are not used
+PARTS = {"token_weights": ("token_decay", "token_cap"), "smoothing": ("unbiased",), "focal": ("focal_gradient",),
+         "advantage": ("advantage_beta",), "references": ("reference_mix", "reference_clip")}
 
 
 @dataclass(frozen=True)
@@ -339,13 +372,27 @@ class Config:
     eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
-    loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags up to --sft change it")
+    references: tuple[str, ...] | None = flag(None, "further references beside --model, folders, for their mean (MRPO)")
+    loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags to --reference-clip change it")
     dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
     beta: float | None = flag(None, "pull to the reference")
     alpha: float | None = flag(None, "share of the reference in the reward")
     eta: float | None = flag(None, "1: log-ratios per token")
     margin: float | None = flag(None, "lead that the chosen response must have")
     sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood")
+    token_weights: Literal[("equal", *TOKEN_WEIGHTS)] | None = flag(None, "which tokens count more than others")
+    token_decay: float | None = flag(None, "of decay: a token's weight, as a share of that of the token before")
+    token_cap: float | None = flag(None, "of difference: the most that is added to a token's weight of 1")
+    clip_rejected: bool | None = flag(None, "no more push on a rejected response that is below the reference")
+    length_term: float | None = flag(None, "what a longer chosen response is ahead by, per token")
+    smoothing: float | None = flag(None, "share of the labels held to be wrong")
+    unbiased: bool | None = flag(None, "subtract what wrong labels do on average, instead of imitating them")
+    focal: float | None = flag(None, "less weight to pairs that the policy gets wrong: g to this power")
+    focal_gradient: bool | None = flag(None, "let the gradient pass through that weight")
+    advantage: float | None = flag(None, 'weight of a likelihood of both responses, by the "rewards" of the records')
+    advantage_beta: float | None = flag(None, "rewards by which the weight in that likelihood grows e-fold")
+    reference_mix: Literal["adaptive", "equal"] | None = flag(None, "weights of several references")
+    reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it")
     phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
     dispersion_power: float | Literal["learn"] | None = flag(
         None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)")
@@ -382,7 +429,7 @@ class Config:
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
 
     def __post_init__(self):
-        for name in ("data", "eval_data"):
+        for name in ("data", "eval_data", "references"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         for names, fits, what in VALUES:
@@ -408,12 +455,30 @@ class Config:
                f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
         refuse(self.power == "learn" and self.phi_star,
                "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
+        self.refuse_terms()
         refuse(not alone and Path(self.model).resolve() == Path(self.out).resolve(),
                f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
         refuse(self.reference and Path(self.reference).is_dir(),
                f"--reference {self.reference}: a folder, it should be a file for the reference's scores")
         refuse(not alone and self.data is None, "--data is missing: a file of preference pairs")
         refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
+
+    def refuse_terms(self) -> None:
+        """Raise BadConfig if terms of the loss do not go together, or a flag is for a term that is not in use."""
+        method = self.method
+        used = {"token_weights": method.token_weights != "equal", "references": self.references,
+                **{term: getattr(method, term) for term in TERMS}}
+        for term, given in used.items():
+            dashed = "--" + term.replace("_", "-")
+            refuse(given and method.link is None, f"{dashed} has no meaning for --loss {self.loss}")
+            for part in () if given else PARTS.get(term, ()):
+                refuse(getattr(self, part) is not None,
+                       f"--{part.replace('_', '-')} is a part of {dashed}, which is not in use")
+            refuse(given and term in ("references", "clip_rejected") and not method.alpha,
+                   f"{dashed} is about the reference, and with --alpha 0 none is used")
+        refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
+        refuse(self.references and used["token_weights"],
+               "--references are mixed response by response: not together with --token-weights")
 
     @property
     def method(self) -> Method:
@@ -555,14 +620,23 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl{skipped}")
 
 
-def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
-    """The model as it will be trained, and its tokenizer.  Raises BadConfig, BadModel or BadData."""
-    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
+def open_model(cfg: Config, name: str, world: World) -> Transformer:
+    """A folder, or owner/name on the hub, as a model on this device."""
+    folder = world.on_rank0(find_model, name)                      # the first rank fetches what is on the hub
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
         dtype = world.dtype                                        # frozen weights need no more than that
     shard = (lambda model: apply_fsdp(model, world)) if world.shard else None
-    model, tokenizer = Transformer.from_pretrained(folder, world.device, dtype, shard), Tokenizer(folder)
+    return Transformer.from_pretrained(folder, world.device, dtype, shard)
+
+
+def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
+    """The model as it will be trained, and its tokenizer.  Raises BadConfig, BadModel or BadData."""
+    model, tokenizer = open_model(cfg, cfg.model, world), Tokenizer(find_model(cfg.model))
+    for name in cfg.references or ():
+        other = Tokenizer(world.on_rank0(find_model, name))
+        refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
+               f"--references {name}: its tokens are not those of --model {cfg.model}")
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -592,7 +666,11 @@ ROW_TOKENS = {("cpu", False): 2048, ("cpu", True): 2048, ("cuda", False): 4096, 
 
 def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> list[Split]:
     """The training pairs and, if there are any, the held-out ones, planned; and a word on what is to come."""
-    limit, (needed, _) = model.config.positions, RECORD_PHI.get(cfg.method.dispersion, (None, None))
+    limit, needed = model.config.positions, ()
+    if cfg.method.dispersion in RECORD_PHI:
+        needed += RECORD_PHI[cfg.method.dispersion][:1]
+    if cfg.method.advantage:
+        needed += ("rewards",)
     longest = cfg.max_tokens or min(1024, limit)
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
 
@@ -624,7 +702,8 @@ def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) 
     Every rank runs one row, and the gradients are freed: the steps that follow are those of a run without this."""
     rows = [row for step in split.first_epoch() for row in split.schedule.rows(step, world.rank, world.size)]
     tokens, row = max((sum(split.schedule.costs[i] for i in row), row) for row in rows)
-    score_pairs(model, cfg.method, split, row, world).loss.sum().backward()
+    method = cfg.method._replace(token_weights="equal")            # the reference has not scored the tokens yet
+    score_pairs(model, method, split, row, 0, world).loss.sum().backward()
     model.zero_grad()
     share = 2 ** 30 * (world.size if world.shard else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -697,7 +776,8 @@ class Run:
                  "pairs_per_second": len(batch) / (now - began), "tokens_per_second": tokens / (now - began),
                  "memory_gib": peak_memory(self.world), "seconds": now - self.started}
         append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
-        if step == 0 and method.link and method.alpha:
+        drawn = method.token_weights != "equal" and method.alpha != 1    # else a policy that equals it has r(y) = 0
+        if step == 0 and method.link and method.alpha and not drawn:
             self.check_first_loss(split, entry["loss"])
         if step % self.cfg.log_every == 0 or step + 1 == split.steps:
             left = int(entry["seconds"] / (step + 1) * (split.steps - step - 1))
@@ -710,8 +790,10 @@ class Run:
         """Compare the first loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
         batch, near = split.schedule.batch(0), 1e-4 if self.world.dtype == torch.float32 else 1e-2
         length = torch.tensor([[len(split.pairs[i].chosen), len(split.pairs[i].rejected)] for i in batch])
-        ref, weight = split.ref_logp[batch].cpu(), split.weight[batch].cpu()
-        expected = mallowspo.objective(self.cfg.method, ref, ref, length, weight).loss.mean().item()
+        start, ref, weight, advantage = (values[batch].cpu() for values in (split.start_logp, split.ref_logp,
+                                                                            split.weight, split.advantage))
+        outcome = mallowspo.objective(self.cfg.method, start, ref, length, weight, advantage=advantage)
+        expected = outcome.loss.mean().item()
         found = f"the first loss is {loss:.6f}; of a policy that equals its reference it is {expected:.6f}"
         if math.isclose(loss, expected, rel_tol=near):
             self.world.say(f"check       {found}")

@@ -71,17 +71,17 @@ def test_closed_forms_agree_with_enumeration(go):
 
 def test_moments_at_uniform_and_near():
     for lam in (0.0, 1e-9):
-        mean, variance = mallowspo.distance_moments(5, torch.tensor(lam, dtype=torch.float64))
+        mean, variance = bandit.distance_moments(5, torch.tensor(lam, dtype=torch.float64))
         assert mean == pytest.approx(5, abs=1e-7) and variance == pytest.approx(25 / 6, abs=1e-7)
 
 
 def test_sampler_follows_the_model():
     lam, n = torch.tensor(0.5, dtype=torch.float64), 5
-    ranks = mallowspo.sample_rankings(50_000, n, lam.item(), torch.Generator().manual_seed(0))
-    seen = mallowspo.pair_rates(ranks, torch.ones(len(ranks), dtype=torch.float64))
+    ranks = bandit.sample_rankings(50_000, n, lam.item(), torch.Generator().manual_seed(0))
+    seen = bandit.pair_rates(ranks, torch.ones(len(ranks), dtype=torch.float64))
     i, j = bandit.pairs_of(n)
     assert (seen - bandit.truth(n, lam))[i, j].abs().max() < 4 * (0.25 / 50_000) ** .5
-    centre, fitted = mallowspo.fit_rankings(ranks, torch.ones(len(ranks), dtype=torch.float64))
+    centre, fitted = bandit.fit_rankings(ranks, torch.ones(len(ranks), dtype=torch.float64))
     assert centre.tolist() == [0, 1, 2, 3, 4] and abs(fitted - lam) < 0.01
 
 
@@ -145,16 +145,16 @@ def test_bridge_moves_no_integer_gap_and_only_rises():
 def test_estimators_invert_what_they_should():
     lam = torch.tensor([.01, .1, .7, 3., 4.6], dtype=torch.float64)
     for n in (2, 5, 10, 100):
-        assert (mallowspo.lam_of_entropy(mallowspo.favourite_entropy(n, lam), n) - lam).abs().max() < 1e-8
-        assert (mallowspo.lam_of_disagreement(mallowspo.disagreement(n, lam), n) - lam).abs().max() < 1e-8
-    ranks = mallowspo.enumerate_rankings(5)
-    centre, fitted = mallowspo.fit_rankings(ranks, mallowspo.exact_model(ranks, lam))
+        assert (bandit.lam_of_entropy(bandit.favourite_entropy(n, lam), n) - lam).abs().max() < 1e-8
+        assert (bandit.lam_of_disagreement(bandit.disagreement(n, lam), n) - lam).abs().max() < 1e-8
+    ranks = bandit.enumerate_rankings(5)
+    centre, fitted = bandit.fit_rankings(ranks, bandit.exact_model(ranks, lam))
     assert (fitted - lam).abs().max() < 1e-8 and (centre == torch.arange(5)).all()
     swapped = ranks[:, [1, 0, 2, 3, 4]]                    # now item 1 is the best of all, item 0 the second
-    assert mallowspo.fit_rankings(swapped, mallowspo.exact_model(ranks, lam[2]))[0].tolist() == [1, 0, 2, 3, 4]
+    assert bandit.fit_rankings(swapped, bandit.exact_model(ranks, lam[2]))[0].tolist() == [1, 0, 2, 3, 4]
     two = mallowspo.pair_probability(torch.arange(1., 3), torch.tensor(.7))
     right = (2 * 2 * two[0] * (1 - two[0]) + 2 * two[1] * (1 - two[1])) / 3
-    assert mallowspo.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
+    assert bandit.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
 
 
 # --- engine -----------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_no_row_waits_for_the_device(make_model, pairs, monkeypatch):
     model = Transformer.from_pretrained(folder).to("meta")
     model.chunk = 10 ** 6
     monkeypatch.setattr(model, "precision", lambda device: torch.float32)             # (no autocast there)
-    outcome = train.score_pairs(model, cfg.method, part, part.schedule.rows(0)[0], world)
+    outcome = train.score_pairs(model, cfg.method, part, part.schedule.rows(0)[0], 0, world)
     outcome.loss.sum().backward()
     assert all(p.grad.is_meta for p in model.parameters())
     attention_blocks(*(x.to("meta") for x in row_of((300, 500, 400))), 200)

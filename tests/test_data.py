@@ -58,7 +58,7 @@ def test_bad_records_say_what_is_wrong(item, words):
 def test_anthropic_form_splits_at_the_last_turn():
     start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more?\n\nAssistant:"
     record = parse({"chosen": start + " yes", "rejected": start + " no"})
-    assert record == (start, " yes", " no", None, None, None, "dialogues")
+    assert record == (start, " yes", " no", None, None, None, None, "dialogues")
 
 
 def test_sft_needs_no_rejected():
@@ -338,7 +338,8 @@ def test_templates_that_cannot_be_used_name_the_record(tmp_path, monkeypatch, ch
 def test_conversations_split_after_the_last_shared_message():
     chosen, rejected = SYSTEM + say("a", "b", "c", "yes"), SYSTEM + say("a", "b", "c", "no")
     shared = SYSTEM + say("a", "b", "c")
-    expected = (shared, say("yes", first="assistant"), say("no", first="assistant"), None, None, None, "conversations")
+    answers = say("yes", first="assistant"), say("no", first="assistant")
+    expected = (shared, *answers, None, None, None, None, "conversations")
     for prompt in ({}, {"prompt": "c"}, {"prompt": "a"}, {"prompt": shared}):
         assert parse({**prompt, "chosen": chosen, "rejected": rejected}) == expected
     assert parse({"chosen": chosen}, need_rejected=False)[:3] == (*expected[:2], "")
@@ -352,7 +353,7 @@ def test_conversations_split_after_the_last_shared_message():
     (say("a"), say("b", first="assistant"), say("c", first="assistant"))])
 def test_a_string_among_messages_is_one_message(prompt, chosen, rejected):
     assert parse({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == (
-        say("a"), say("b", first="assistant"), say("c", first="assistant"), None, None, None, "messages")
+        say("a"), say("b", first="assistant"), say("c", first="assistant"), None, None, None, None, "messages")
 
 
 @pytest.mark.parametrize("item, words", [

@@ -239,8 +239,8 @@ def spoil(monkeypatch, steps, how):
     """Make the first pair of some steps bad."""
     score_pairs, train_step, now = train.score_pairs, train.train_step, [None, None]
 
-    def bad_scores(policy, method, split, indices, world):
-        outcome = score_pairs(policy, method, split, indices, world)
+    def bad_scores(policy, method, split, indices, step, world):
+        outcome = score_pairs(policy, method, split, indices, step, world)
         hit = torch.tensor([now[0] in steps and i == now[1] for i in indices])
         loss = outcome.loss.clone()
         loss[hit] = how(outcome.loss[hit])
