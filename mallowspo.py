@@ -188,6 +188,7 @@ def token_weights(method: Method, logp: Tensor, place: Tensor, mask: Tensor) -> 
 def advantages(rewards: Tensor) -> Tensor:
     """(P, 2) rewards of both responses -> how much better each is than their mean, which stands in for HPO's value
     head: that needs a second network."""
+    rewards = rewards.double()
     return rewards - rewards.mean(-1, keepdim=True)
 
 

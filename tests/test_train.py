@@ -164,12 +164,18 @@ def test_a_reference_of_other_weights_is_refused(trained, run, make_model, pairs
     refused(run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path, *QUICK), "not a whole file")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_trains(run, make_model, pairs, tmp_path, loss):
-    done = run("train.py", "--model", make_model("gpt2"), "--data", pairs, "--out", tmp_path, "--loss", loss,
-               "--eval-pairs", 10, "--epochs", 3, "--batch-size", 20, "--lr", 1e-3, "--samples", 0)
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path / "metrics.jsonl")
+@pytest.mark.parametrize("loss, dispersion", [(loss, source) for loss, row in LOSSES.items() for source in
+                                              ("constant", "entropy") if row.link or source == "constant"])
+def test_every_loss_trains(run, make_model, pairs, tmp_path, loss, dispersion):
+    rewarded = tmp_path / "rewarded.jsonl"
+    write_jsonl(rewarded, [{**row, "rewards": [i % 3, -1]} for i, row in enumerate(rows_of(pairs))])
+    more = ["--references", make_model("gpt2")] if loss == "mrpo" else []
+    done = run("train.py", "--model", make_model("gpt2"), "--data", rewarded, "--out", tmp_path / "out", "--loss", loss,
+               "--dispersion", dispersion, "--eval-pairs", 10, "--epochs", 3, "--batch-size", 20, "--lr", 1e-3,
+               "--samples", 0, *more)
+    assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout + done.stderr
+    assert ("check " in done.stdout) == (LOSSES[loss].alpha > 0)
+    rows = rows_of(tmp_path / "out/metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"] and len(rows) == 6
 
 
