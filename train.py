@@ -1227,16 +1227,11 @@ DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hid
 DEMO_METHODS = {"dpo": {"loss": "dpo", "dispersion_power": None}, "mallows-phi": {"loss": "mallows-phi"},
                 "mallows-phi-learn": {"loss": "mallows-phi", "dispersion_power": "learn"}}
 DEMO_BETAS = (0.25, 0.5, 1.0)
-DEMO_SFT = 0.03     # times beta, as the reward is: without it the policies give up to a tenth to what answers nothing
+DEMO_SFT = 0.04     # times beta, as the reward is: without it the policies give up to a tenth to what answers nothing
 
 
-def demo(cfg: Config, chosen: bool, world: World) -> None:
-    """Make a population and a reference that answers as its members do, train on what members prefer by each method
-    and with several betas until it stops, and compare them where they have gone equally far."""
-    out, population = Path(cfg.out), Population()
-    folder = out / "demo"
-    torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    world.on_rank0(lambda: lock_folder(out / "lock", wait=False).close())
+def make_reference(cfg: Config, folder: Path, population: Population, world: World) -> str:
+    """A population's files, and the folder of a small model that has learned what its members answer."""
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -1252,11 +1247,22 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
                       "out": str(folder / "reference"), "loss": "sft", "lr": 4e-3, "warmup": 0.1,
                       "steps": 400, "batch_size": 64, "seed": cfg.seed, "device": cfg.device, "dtype": cfg.dtype})
     fit(start, world)
+    return start.out
+
+
+def demo(cfg: Config, chosen: bool, world: World) -> None:
+    """Make a population and a reference that answers as its members do, train on what members prefer by each method
+    and with several betas until it stops, and compare them where they have gone equally far."""
+    out, population = Path(cfg.out), Population()
+    folder = out / "demo"
+    torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
+    world.on_rank0(lambda: lock_folder(out / "lock", wait=False).close())
+    reference = make_reference(cfg, folder, population, world)
     runs, methods = [], {cfg.loss: {}} if chosen else DEMO_METHODS
     world.say(f"\n--- the policies learn what the members prefer: {', '.join(methods)}")
     for name, settings in methods.items():
         for beta in [cfg.beta] if cfg.beta else DEMO_BETAS:
-            job = dataclasses.replace(cfg, model=start.out, data=[str(folder / "pairs.jsonl")], beta=beta,
+            job = dataclasses.replace(cfg, model=reference, data=[str(folder / "pairs.jsonl")], beta=beta,
                                       sft=DEMO_SFT * beta if cfg.sft is None else cfg.sft,
                                       out=str(out / f"{name}-{beta}"), reference=str(folder / "reference.safetensors"),
                                       **settings)
