@@ -4,15 +4,17 @@ A bandit is a language model with the words taken out: a prompt is a set of n an
 them, and people rank the answers by a Mallows model whose centre is 0, 1, ..., n - 1.  Everything is known:
 every claim has a number.  The losses are mallowspo.LINKS, the very functions that train.py trains with.
 
-    python bandit.py                              every experiment with few seeds, in seconds, then a verdict
+    python bandit.py                              every experiment with few seeds, in a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5     one experiment in full
     python bandit.py people --rankings *.soc      real rankings (PrefLib.org)
 
 Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
-The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. real
-rankings -> 6. a bandit with words, the population of train.py's demo -> 7. what to run, to print and to draw.
+The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. the
+neighbours that need a sampler -> 6. real rankings -> 7. a bandit with words, the population of train.py's demo ->
+8. what to run, to print and to draw.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -677,7 +679,292 @@ def estimate(opt) -> Result:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Real rankings: PrefLib's .soc (complete strict orders) and .soi (incomplete ones), and what they say.
+# 5. The neighbours of MallowsPO that need a sampler, a judge or another kind of data, with the same objective.
+
+def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float,
+            watch: Callable | None = None) -> list[Tensor]:
+    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix; watch(parts) after every tenth step."""
+    parts = [part.clone().requires_grad_() for part in parts]
+    optimizer = torch.optim.Adam(parts, lr=rate)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss(parts).sum().backward()
+        optimizer.step()
+        if watch is not None and step % 10 == 0:
+            watch([part.detach() for part in parts])
+    return [part.detach() for part in parts]
+
+
+class Crowd:
+    """P prompts of several dispersions, people who judge, and policies first(y | x) * exp(u(y) + v(x, y)) / Z over n
+    answers: what is learned of one prompt helps the others, as in a language model.  theta: (S, 1 + P, n) u and v, of
+    each seed."""
+
+    def __init__(self, opt):
+        self.lam, self.n = to_lam(opt.phis or np.linspace(.05, .95, 8)), opt.n
+        self.chances = truth(self.n, self.lam)                                          # (P, n, n)
+        # The first policy knows a little: half of the people's favourites, half anything.
+        self.first = ((top_choice(self.n, self.lam) + 1 / self.n) / 2).log()            # (P, n)
+        self.start = torch.zeros(opt.seeds, 1 + len(self.lam), self.n, dtype=F64)
+        self.generator = torch.Generator().manual_seed(opt.seed)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=F64)
+
+    def logp(self, theta: Tensor) -> Tensor:
+        """(S, P, n) of every answer."""
+        return torch.log_softmax(self.first + theta[:, :1] + theta[:, 1:], -1)
+
+    def draw(self, logp: Tensor, count: int) -> Tensor:
+        """(S, P, count, 2) pairs of different answers, as the policy gives them (Gumbel's trick)."""
+        noise = -torch.log(-torch.log(self.random(*logp.shape[:2], count, self.n)))
+        return (logp[:, :, None] + noise).topk(2).indices
+
+    def judge(self, pairs: Tensor) -> Tensor:
+        """The pairs with the answer first that a random person prefers: one gold label each."""
+        prompt = torch.arange(len(self.lam))[:, None]
+        agrees = self.random(*pairs.shape[:3]) < self.chances[prompt, pairs[..., 0], pairs[..., 1]]
+        return torch.where(agrees[..., None], pairs, pairs.flip(-1))
+
+    def regret(self, theta: Tensor) -> Tensor:
+        """(S,) mean place of an answer in the common ranking; 0 is always the best."""
+        return (self.logp(theta).exp() * torch.arange(self.n, dtype=F64)).sum(-1).mean(-1)
+
+
+def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
+    """(S, P, n) -> (S, P, count, 2) the values of the answers in these pairs."""
+    return values[:, :, None].expand(*pairs.shape[:3], -1).gather(-1, pairs)
+
+
+def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """(S,) mean DPO loss of pairs (S, P, count, 2), with weights (P,)."""
+    flat = logp.reshape(-1, 2)
+    each = weight[:, None].expand(logp.shape[:3]).reshape(-1)
+    method = mallowspo.LOSSES["dpo"]._replace(beta=beta)
+    loss = mallowspo.objective(method, flat, ref_logp.reshape(-1, 2), torch.ones_like(flat), each).loss
+    return loss.view(len(logp), -1).mean(-1)
+
+
+def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """APA's (2306.02231): the log-ratio of each answer should be its advantage over the other one, +-1/2, over beta."""
+    gap = weight[:, None, None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
+    return gap.square().sum(-1).mean((-2, -1))
+
+
+class Loop(NamedTuple):
+    """How a policy learns in rounds from people who judge its answers."""
+    loss: Callable = pair_loss
+    beta: float = 0.3
+    anchored: bool = False     # the reference is the first policy (APA); else that of the round before
+    momentum: float = 0.0      # Accelerated PO (2410.06293): so much further in the direction of each round
+    silver: int = 0            # D2PO (2405.01511): pairs per gold label that a discriminator labels; 0: there is none
+    unsure: bool = False       # of D2PO: people judge the pairs of which the discriminator is least sure
+
+
+LOOPS = {"iterated DPO": Loop(), "DPO, half of beta": Loop(beta=0.15), "Accelerated PO": Loop(momentum=0.5),
+         "D2PO": Loop(silver=8), "D2PO, least sure": Loop(silver=8, unsure=True),
+         "APA": Loop(advantage_loss, anchored=True)}
+
+
+def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
+    """(S, P, n) scores of the answers, by Bradley and Terry from all gold pairs; of the policy's form, and damped."""
+    nothing = torch.zeros(gold.shape, dtype=F64)
+
+    def loss(parts):
+        scores = of_pairs(parts[0][:, :1] + parts[0][:, 1:], gold)
+        return pair_loss(scores, nothing, weight, 1.0) + .01 * parts[0].square().sum((-2, -1))
+    theta, = descend([crowd.start], loss, 40, .05)
+    return theta[:, :1] + theta[:, 1:]
+
+
+def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
+             discriminate: Callable = fit_discriminator) -> Tensor:
+    """(S, rounds + 1) regret before and after each round of `gold` labels per prompt."""
+    theta, last, regret, judged = crowd.start, crowd.start, [crowd.regret(crowd.start)], []
+    scores = torch.zeros_like(crowd.start[:, 1:])
+    for _ in range(rounds):
+        here = crowd.logp(theta)
+        pairs = crowd.draw(here, max(1, loop.silver) * gold)
+        asked = pairs[:, :, :gold]
+        if loop.unsure:
+            doubt = of_pairs(scores, pairs).diff(dim=-1)[..., 0].abs().argsort(dim=-1, stable=True)[..., :gold]
+            asked = pairs.take_along_dim(doubt[..., None], 2)
+        judged.append(crowd.judge(asked))
+        labelled = judged[-1]
+        if loop.silver:
+            scores = discriminate(crowd, torch.cat(judged, 2), weight)
+            found = of_pairs(scores, pairs)
+            labelled = torch.where(found[..., :1] >= found[..., 1:], pairs, pairs.flip(-1))
+        ref = of_pairs(crowd.logp(crowd.start) if loop.anchored else here, labelled)
+        loss = lambda parts, ref=ref, labelled=labelled: loop.loss(
+            of_pairs(crowd.logp(parts[0]), labelled), ref, weight, loop.beta)
+        learned, = descend([theta], loss, 20, .05)
+        theta, last = learned + loop.momentum * (learned - last), learned
+        regret.append(crowd.regret(theta))
+    return torch.stack(regret, 1)
+
+
+def online(opt) -> Result:
+    """A policy that learns in rounds from people who judge its own answers: mean place of an answer by gold labels per
+    prompt.  DPO with the last round's policy as its reference, with momentum (Accelerated PO) or a smaller beta, with a
+    discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight.
+    """
+    gold, rounds, rows, found = (opt.pairs or [2])[0], 8, [], {}
+    crowd = Crowd(opt)
+    entropy = torch.special.entr(crowd.first.exp()).sum(-1) / math.log(crowd.n)         # (P,)
+    weights = {"none": torch.ones_like(crowd.lam), "known": crowd.lam,
+               "entropy": mallowspo.dispersion_weight(entropy, 1.0)}
+    for name, loop in LOOPS.items():
+        for source, weight in weights.items():
+            crowd = Crowd(opt)                              # so that all meet the same chances
+            regret = found[name, source] = run_loop(crowd, loop, weight / weight.mean(), gold, rounds)
+            for done in range(rounds + 1):
+                mean, se = mean_se(regret[:, done])
+                rows.append({"loop": name, "dispersion": source, "labels": gold * done, "place": mean, "se": se,
+                             "line": f"{name}, {source}"})
+
+    def claim(text: str, one: tuple, other: tuple, done: int) -> tuple[str, bool, str]:
+        gain, se = mean_se(found[one][:, done] - found[other][:, done])
+        return f"online, {gold * done} labels: {text}", gain < -2 * se, f"place {gain:+.3f} +- {se:.3f}"
+    base, half = ("iterated DPO", "none"), rounds // 2
+    rise = {name: found[name, "none"].diff(dim=1).amax(1) for name in ("APA", "iterated DPO")}
+    steadier, se = mean_se(rise["APA"] - rise["iterated DPO"])
+    shown = [row for row in rows if row["labels"] // gold in (0, 1, 2, 4, 8)]
+    return Result(shown, [
+        claim("momentum is faster than DPO", ("Accelerated PO", "none"), base, half),
+        claim("momentum is faster than half of beta", ("Accelerated PO", "none"), ("DPO, half of beta", "none"), half),
+        claim("silver labels help where gold is scarce", ("D2PO", "none"), base, 1),
+        claim("silver labels still help later", ("D2PO", "none"), base, rounds),
+        claim("asking for unsure pairs helps", ("D2PO, least sure", "none"), ("D2PO", "none"), half),
+        ("online: APA is steadier than DPO", steadier < -2 * se, f"largest rise {steadier:+.3f} +- {se:.3f}"),
+        *(claim(f"dispersion helps {name}", (name, "known"), (name, "none"), half) for name in LOOPS)], rows)
+
+
+def denoise(parts: list[Tensor], x: Tensor, time: Tensor, half: Tensor) -> Tensor:
+    """(S, B, 2) the noise that S perceptrons see in points (S, B, 2) at a time (S, B) from 0 (none) to 1 (all)."""
+    angle = time * math.pi / 2
+    hidden = torch.cat([x, torch.stack([angle.cos(), angle.sin(), half], -1)], -1)
+    *first, (matrix, bias) = zip(parts[::2], parts[1::2])
+    for layer, shift in first:
+        hidden = torch.nn.functional.silu(torch.baddbmm(shift, hidden, layer))
+    return torch.baddbmm(bias, hidden, matrix)
+
+
+def mix_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    angle = time[..., None] * math.pi / 2
+    return angle.cos() * x + angle.sin() * noise
+
+
+@torch.no_grad()
+def sample_points(parts: list[Tensor], noise: Tensor, half: Tensor) -> Tensor:
+    """(S, B, 2) points made of noise in 20 steps, without further chance (DDIM): so two models can be compared."""
+    x = noise
+    for now, after in itertools.pairwise(torch.linspace(.98, 0, 21)):
+        seen = denoise(parts, x, now.expand(half.shape), half)
+        clean = (x - torch.sin(now * math.pi / 2) * seen) / torch.cos(now * math.pi / 2)
+        x = mix_noise(clean, seen, after.expand(half.shape))
+    return x
+
+
+def nearness(x: Tensor, half: Tensor) -> Tensor:
+    """(S, B) minus the distance to the cloud that people prefer: the right one of the half (-1: lower, 1: upper)."""
+    return -(x - torch.stack([torch.ones_like(half), half], -1)).norm(dim=-1)
+
+
+class Plane:
+    """Points from four clouds, around (+-1, +-1), and people who prefer the right ones; in the lower half of the plane
+    they disagree.  The half is the prompt."""
+    lam = to_lam([.95, .05]).float()                                                    # of the lower, the upper half
+
+    def __init__(self, opt):
+        self.seeds, self.generator = min(opt.seeds, 8), torch.Generator().manual_seed(opt.seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
+    def sides(self, *shape: int) -> Tensor:
+        return 2.0 * torch.randint(2, shape, generator=self.generator) - 1
+
+    def points(self, half: Tensor) -> Tensor:
+        return torch.stack([self.sides(*half.shape), half], -1) + .25 * self.normal(*half.shape, 2)     # (S, B, 2)
+
+    def perceptron(self, *sizes: int) -> list[Tensor]:
+        parts = []
+        for wide, next_wide in itertools.pairwise(sizes):
+            parts += [self.normal(self.seeds, wide, next_wide) / wide ** .5, torch.zeros(self.seeds, 1, next_wide)]
+        return parts
+
+    def denoising_loss(self, parts: list[Tensor]) -> Tensor:
+        """(S,) what makes the reference."""
+        half, time = self.sides(self.seeds, 256), .98 * self.uniform(self.seeds, 256) + .01
+        noise = self.normal(*half.shape, 2)
+        seen = denoise(parts, mix_noise(self.points(half), noise, time), time, half)
+        return (seen - noise).square().mean((-2, -1))
+
+    def preference_loss(self, parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
+        """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
+        half, time = self.sides(self.seeds, 128), .98 * self.uniform(self.seeds, 128) + .01
+        upper = (half > 0).long()
+        one, two, noise = self.points(half), self.points(half), self.normal(*half.shape, 2)
+        agrees = self.uniform(*half.shape) < torch.sigmoid(self.lam[upper])             # as neighbours in a ranking
+        first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
+        pair = torch.where(first, one, two), torch.where(first, two, one)
+
+        def errors(parts):                      # (S * B, 2) of both points, with the same time and noise
+            seen = [denoise(parts, mix_noise(x, noise, time), time, half) for x in pair]
+            return torch.stack([(each - noise).square().mean(-1) for each in seen], -1).view(-1, 2)
+        with torch.no_grad():
+            before = errors(reference)
+        method = mallowspo.LOSSES["dpo"]._replace(beta=30.0)
+        ones, each = torch.ones_like(before), weight[upper].view(-1)
+        return mallowspo.objective(method, -errors(parts), -before, ones, each).loss.view(self.seeds, -1).mean(-1)
+
+
+def diffusion(opt) -> Result:
+    """Diffusion-DPO (2311.12908): the log-ratio is minus the difference of two denoising errors.  Points come from four
+    clouds of a plane, and people prefer those on the right; in the lower half they disagree.  With the dispersion of
+    the half as the weight of a pair and without: how often a point of the upper half beats one of the reference, and
+    how far both halves drift.
+    """
+    plane, rows, paths = Plane(opt), [], {}
+    reference = descend(plane.perceptron(5, 48, 48, 2), plane.denoising_loss, 1000, .005)
+    half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(plane.seeds, -1), plane.normal(plane.seeds, 512, 2)
+    base = sample_points(reference, noise, half)
+    for name, weight in (("none", torch.ones(2)), ("known", plane.lam / plane.lam.mean())):
+        path = paths[name] = []                                                         # of (3, S)
+
+        def watch(parts, name=name, path=path):
+            x = sample_points(parts, noise, half)
+            better = nearness(x, half) > nearness(base.roll(2, 1), half)                # another point of the half
+            drift = (x - base).norm(dim=-1)                                             # (S, B)
+            path.append(torch.stack([better[:, 1::2].float().mean(-1), drift[:, 1::2].mean(-1),
+                                     drift[:, ::2].mean(-1)]))
+            mean, se = mean_se(path[-1][0])
+            rows.append({"dispersion": name, "step": 10 * len(path), "win rate": mean, "se": se,
+                         "upper drift": path[-1][1].mean().item(), "lower drift": path[-1][2].mean().item()})
+        loss = functools.partial(plane.preference_loss, reference=reference, weight=weight)
+        descend(reference, loss, 150, 2e-4, watch)
+    won, se = rows[-1]["win rate"], rows[-1]["se"]
+    claims = [("diffusion: points become better than the reference's", won > .5 + 2 * se, f"{won:.3f} +- {se:.3f}")]
+    for k, where in ((1, "people agree"), (2, "they do not")):
+        gain, se = mean_se(drift_at(.6, paths["known"], k) - drift_at(.6, paths["none"], k))
+        claims.append((f"diffusion, win rate .6: dispersion spares drift where {where}", gain < -2 * se,
+                       f"{gain:+.3f} +- {se:.3f}"))
+    return Result([row for row in rows if row["step"] in (10, 50, 100, 150)], claims, rows)
+
+
+def drift_at(win_rate: float, path: list[Tensor], k: int) -> Tensor:
+    """(S,) field k of a path where it first comes to a win rate."""
+    fields = torch.stack([torch.zeros_like(path[0]), *path]).numpy()                    # (steps, 3, S)
+    rising = np.maximum.accumulate(fields[:, 0])
+    return torch.tensor([np.interp(win_rate, rising[:, s], fields[:, k, s]) for s in range(fields.shape[-1])])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Real rankings: PrefLib's .soc (complete strict orders) and .soi (incomplete ones), and what they say.
 
 class BadFile(Exception):
     """What is wrong with a rankings file, and where."""
@@ -829,7 +1116,7 @@ def rates_by_place(ranks: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
+# 7. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
 #    language model has to learn it in train.py's demo; what the model has learned is known exactly, as above.
 
 # Each question's answers from the population's favourite down; from agreement to dispute, phi rises by line.
@@ -1026,7 +1313,7 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. What to run, to print and to draw.
+# 8. What to run, to print and to draw.
 
 class Panel(NamedTuple):
     x: str
@@ -1057,6 +1344,8 @@ INDEX = {"phi, best index": "phi, true index", "dpo": "DPO", "phi, entropy proxy
 SPREADS = {"as is, 0.4": "as is, spread 0.4", "shrunk, 0.4": "shrunk, spread 0.4",
            "as is, 1.3": "as is, spread 1.3", "shrunk, 1.3": "shrunk, spread 1.3"}
 GUESSES = {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "proxy, 10", 100: "proxy, 100"}
+PLACES = {f"{loop}, known": f"{loop}, dispersion known" for loop in ("D2PO", "iterated DPO")}
+PLACES |= {f"{loop}, none": f"{loop}, without" for loop in ("D2PO", "iterated DPO")}
 SHAPES = {f"{form} {phi}": f"{form}, phi = {phi}" for phi in (.05, .8) for form in ("ours", "printed")}
 
 EXPERIMENTS = {
@@ -1095,6 +1384,12 @@ EXPERIMENTS = {
     "estimate": Experiment(estimate, [
         Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")],
         ("n", "estimator"), "answers", "rmse", "se"),
+    "online": Experiment(online, [
+        Panel("labels", "place", "line", PLACES, "gold labels per prompt", "mean place (0 best)")],
+        ("loop", "dispersion"), "labels", "place", "se"),
+    "diffusion": Experiment(diffusion, [
+        Panel(f"{half} drift", "win rate", "dispersion", {"known": "with the dispersion", "none": "without"},
+              f"drift, {half} half", "win rate, upper half") for half in ("upper", "lower")]),
     "people": Experiment(people, [
         Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs per file",
               "log-loss minus DPO's (mnat)", "x")], ("items", "index"), "pairs", "minus DPO", "minus DPO se"),

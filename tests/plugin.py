@@ -9,6 +9,7 @@ r-dpo and sampo are dpo, to the last bit (tests/test_neighbours.py), and are lef
 """
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ SOURCES = {"base": {"dispersion": "constant"},
            "learned": {"dispersion": "entropy", "dispersion_power": "learn"},
            "true": {"dispersion": "field"},
            "shuffled": {"dispersion": "field"}}                     # each question has another one's index
-BETAS = {"simpo": 1.0}                                              # 0.1 for the others
+BETAS = {"simpo": 2.0}                                              # 0.1 for the others
 KLS = (0.05, 0.1, 0.15)
 
 
@@ -54,7 +55,8 @@ def run_seed(out: Path, seed: int) -> None:
             cfg = train.Config(**{**train.DEMO, "model": str(out / "demo/reference"), "loss": method, "seed": seed,
                                   "data": str(shuffled if source == "shuffled" else pairs), "beta": beta,
                                   "sft": train.DEMO_SFT * beta, "out": str(out / "run"), "device": "cpu",
-                                  "reference": str(out / "demo/reference.safetensors"), "samples": 0, "steps": 100, **settings})
+                                  "reference": str(out / "demo/reference.safetensors"), "samples": 0, "steps": 100,
+                                  **settings})
             with contextlib.redirect_stdout(None):
                 runs += train.fit_and_measure(name, cfg, population, ALONE, 5)
             print(f"seed {seed}, {name}: KL {runs[-1]['kl']:.3f}", flush=True)
@@ -69,6 +71,13 @@ def write_shuffled(out: Path, pairs: Path, shuffled: Path, seed: int) -> None:
     index = np.random.default_rng(seed).permutation(index)
     records = [json.loads(line) for line in pairs.read_text().splitlines()]
     train.write_jsonl(shuffled, ({**record, "dispersion": index[i % 24]} for i, record in enumerate(records)))
+
+
+def first_at(rows: list[dict], method: str, kl: float) -> dict[str, float] | None:
+    """Where the path of a method comes to this KL first; None: it does not."""
+    path = [row for row in rows if row["method"] == method]
+    return next(filter(None, (at_kl(list(two), method, kl) for two in itertools.pairwise(path)
+                              if two[0]["kl"] <= kl < two[1]["kl"])), None)
 
 
 def mean_se(values) -> str:
@@ -92,7 +101,8 @@ def main():
         print(f"{'':<24}" + "".join(f"{key.replace('_', ' '):>22}" for key in MEASURES))
         for method in METHODS:
             for source in list(SOURCES)[1:]:
-                both = [(at_kl(rows, f"{method} {source}", kl), at_kl(rows, f"{method} base", kl)) for rows in found]
+                both = [(first_at(rows, f"{method} {source}", kl), first_at(rows, f"{method} base", kl))
+                        for rows in found]
                 both = [(row, base) for row, base in both if row and base]
                 cells = [mean_se([row[key] - base[key] for row, base in both]) for key in MEASURES if len(both) > 1]
                 print(f"{method:<11} {source:<9} {len(both):>2} " + "".join(f"{cell:>22}" for cell in cells))

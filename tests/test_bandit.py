@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import mpmath
@@ -354,6 +355,80 @@ def test_a_learned_power_never_loses_and_a_useless_index_gets_none(go):
 
 
 # --- the population -----------------------------------------------------------------------------------------
+
+# --- the neighbours that need a sampler
+
+OPT = types.SimpleNamespace(n=5, seeds=3, seed=0, phis=None, pairs=None)
+
+
+def loop_regret(loop, crowd=None, rounds=3, **more):
+    crowd = crowd or bandit.Crowd(OPT)
+    return bandit.run_loop(crowd, loop, torch.ones(len(crowd.lam)).double(), 2, rounds, **more)
+
+
+def test_momentum_zero_is_iterated_dpo_and_more_goes_further(monkeypatch):
+    plain = loop_regret(bandit.LOOPS["iterated DPO"])
+    assert torch.equal(loop_regret(bandit.LOOPS["Accelerated PO"]._replace(momentum=0.0)), plain)
+    learned, descend = [], bandit.descend
+
+    def note(*arguments):
+        learned.append(descend(*arguments))
+        return learned[-1]
+    monkeypatch.setattr(bandit, "descend", note)
+    crowd = bandit.Crowd(OPT)
+    found = loop_regret(bandit.LOOPS["Accelerated PO"], crowd)
+    hats = [crowd.start, *(parts[0] for parts in learned)]
+    for k in (1, 2, 3):                                            # theta = hat_k + (hat_k - hat_{k - 1}) / 2
+        assert torch.allclose(crowd.regret(1.5 * hats[k] - 0.5 * hats[k - 1]), found[:, k])
+
+
+def test_a_perfect_discriminator_is_gold():
+    """Where nobody disagrees and the discriminator knows it, its labels are the people's."""
+    def crowd():
+        made = bandit.Crowd(OPT)
+        made.chances = torch.ones(5, 5).triu(1).double().expand_as(made.chances)
+        return made
+    perfect = lambda crowd, gold, weight: -torch.arange(5.0).double().expand(3, len(crowd.lam), 5)
+    found = loop_regret(bandit.Loop(silver=1), crowd(), discriminate=perfect)
+    assert torch.equal(found, loop_regret(bandit.Loop(), crowd()))
+    learned = bandit.fit_discriminator(made := crowd(), made.judge(made.draw(made.logp(made.start), 200)),
+                                       torch.ones(8).double())
+    assert (learned.mean(1).diff(dim=-1) < 0).all()                # it finds the common order
+
+
+def test_advantage_loss_is_least_where_log_ratios_are_advantages():
+    ratio, weight = torch.tensor([[[[1.25, -1.25]]]]).double(), torch.tensor([2.0]).double()
+    assert bandit.advantage_loss(ratio, torch.zeros_like(ratio), weight, 0.2).item() == 0       # 2 * .2 * 1.25 = 1/2
+    assert bandit.advantage_loss(-ratio, torch.zeros_like(ratio), weight, 0.2).item() == pytest.approx(2.0)
+
+
+def test_online_claims_that_the_full_run_found(go):
+    record = go("online", "--seeds", 20)
+    for loop in ("Accelerated PO", "D2PO", "APA"):
+        known, none = (rows(record, "place", loop=loop, dispersion=source, labels=8)[0] for source in ("known", "none"))
+        assert known < none
+    silver, plain = (rows(record, "place", loop=loop, dispersion="none", labels=2)[0]
+                     for loop in ("D2PO", "iterated DPO"))
+    assert silver < plain - 0.1
+
+
+def test_equal_denoising_errors_are_log_two_and_points_improve(go):
+    plane = bandit.Plane(OPT)
+    parts = plane.perceptron(5, 48, 48, 2)
+    loss = plane.preference_loss(parts, parts, torch.tensor([0.3, 1.7]))
+    assert torch.allclose(loss, torch.full((3,), math.log(2)))
+    record = go("diffusion", "--seeds", 2)
+    assert all(rate > 0.55 for rate in rows(record, "win rate", step=150))
+
+
+def test_the_denoiser_learns_and_sampling_finds_the_clouds():
+    plane = bandit.Plane(OPT)
+    parts = bandit.descend(plane.perceptron(5, 48, 48, 2), plane.denoising_loss, 400, .005)
+    half = torch.tensor([-1.0, 1.0]).repeat(128).expand(3, -1)
+    x = bandit.sample_points(parts, plane.normal(3, 256, 2), half)
+    assert ((x[..., 1] > 0) == (half > 0)).float().mean() > 0.97
+    assert (x.abs() - 1).abs().mean() < 0.35                        # around (+-1, +-1), with a spread of .25
+
 
 def test_population_judges_at_the_exact_rates(population):
     counts, wins = torch.zeros(24, 6, 6), population.wins
