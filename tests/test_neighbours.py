@@ -1,7 +1,9 @@
 """Every row of LOSSES against its formula, written out once more from the papers in plain Python; its reduction to the
 method beside it, its gradient, and the mistakes that are easily made with it."""
+import collections
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -309,6 +311,56 @@ def test_no_answers_in_common_and_unsure_references():
 def test_advantage_factor_is_bounded():
     factor = mallowspo.advantage_factor(torch.tensor([0.0, 1.0, 1e9, -1e9]), LOSSES["hpo"])
     assert factor.tolist() == pytest.approx([1, math.e, 20, 0])
+
+
+# --- TRL's own code on the same numbers, where it is installed ---------------------------------------------------
+
+def trl_loss(split, tokens, loss_type, beta, smoothing):
+    """What DPOTrainer's loss makes of these log-probabilities; its model and accelerator are stand-ins."""
+    trainer = pytest.importorskip("trl").DPOTrainer
+    sides = [[each[:len(pair.chosen)] for each, pair in zip(tokens, split.pairs)],
+             [each[len(pair.chosen):] for each, pair in zip(tokens, split.pairs)]]
+    logps = torch.nn.utils.rnn.pad_sequence([torch.tensor(side) for both in sides for side in both], batch_first=True)
+    lengths = torch.tensor([len(side) for both in sides for side in both])
+    mask = (torch.arange(logps.shape[1] + 1) <= lengths[:, None]).long()           # the first token is the prompt's
+    mask[:, 0] = 0
+    outputs = types.SimpleNamespace(log_probs=logps, entropy=logps, mean_logits=logps, is_top1=mask[:, 1:].bool())
+    accelerator = types.SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    stand_in = types.SimpleNamespace(
+        model=types.SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0],
+        beta=beta, label_smoothing=smoothing, use_weighting=False, _metrics={"train": collections.defaultdict(list)},
+        _total_train_tokens=0, _tp_size=1)
+    inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask,
+              "ref_chosen_logps": split.ref_logp[:, 0], "ref_rejected_logps": split.ref_logp[:, 1]}
+    return trainer._compute_loss(stand_in, lambda **_: outputs, inputs, False).item()
+
+
+@pytest.mark.parametrize("name, loss_type, beta, smoothing, factor", [
+    ("dpo", "sigmoid", 0.1, 0.0, 1), ("robust", "robust", 0.1, 0.1, 1), ("ipo", "ipo", 0.1, 0.0, 0.1 ** 2),
+    ("hinge", "hinge", 0.1, 0.0, 1), ("exo", "exo_pair", 0.1, 1e-3, 1), ("dpo-norm", "sigmoid_norm", 10.0, 0.0, 1)])
+def test_trl_agrees(name, loss_type, beta, smoothing, factor):
+    split = make_split()
+    split.weight = torch.ones_like(split.weight)
+    tokens = policy_tokens(split)
+    ours = losses(LOSSES[name], split, [torch.tensor(each) for each in tokens]).loss.mean().item()
+    assert ours == pytest.approx(factor * trl_loss(split, tokens, loss_type, beta, smoothing), rel=1e-6)
+
+
+@pytest.mark.parametrize("name, loss_type, smoothing", [("simpo", "simpo", 0.0), ("cpo", "sigmoid", 0.0)])
+def test_trl_cpo_trainer_agrees(name, loss_type, smoothing):
+    trainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
+    split, method = make_split(), LOSSES[name]
+    split.weight = torch.ones_like(split.weight)
+    tokens = policy_tokens(split)
+    sums = [[part.mean() if method.eta else part.sum() for part in np.split(each, [len(pair.chosen)])]
+            for each, pair in zip(tokens, split.pairs)]
+    stand_in = types.SimpleNamespace(alpha=0.0, beta=method.beta, loss_type=loss_type, label_smoothing=smoothing,
+                                     simpo_gamma=method.beta * method.margin,
+                                     accelerator=types.SimpleNamespace(device="cpu"))
+    theirs, *_ = trainer.cpo_loss(stand_in, *torch.tensor(np.array(sums)).unbind(1))
+    ours = losses(method._replace(sft=0.0), split, [torch.tensor(each) for each in tokens]).loss
+    assert torch.allclose(ours, theirs)
 
 
 # --- in the trainer ----------------------------------------------------------------------------------------------
