@@ -831,8 +831,9 @@ def online(opt) -> Result:
     steadier, se = mean_se(rise["APA"] - rise["iterated DPO"])
     shown = [row for row in rows if row["labels"] // gold in (0, 1, 2, 4, 8)]
     return Result(shown, [
-        claim("momentum is faster than DPO", ("Accelerated PO", "none"), base, half),
-        claim("momentum is faster than half of beta", ("Accelerated PO", "none"), ("DPO, half of beta", "none"), half),
+        claim("momentum is faster than DPO", ("Accelerated PO", "none"), base, 2),
+        claim("momentum is still ahead", ("Accelerated PO", "none"), base, half),
+        claim("momentum is faster than half of beta", ("Accelerated PO", "none"), ("DPO, half of beta", "none"), 2),
         claim("silver labels help where gold is scarce", ("D2PO", "none"), base, 1),
         claim("silver labels still help later", ("D2PO", "none"), base, rounds),
         claim("asking for unsure pairs helps", ("D2PO, least sure", "none"), ("D2PO", "none"), half),
