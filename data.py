@@ -319,6 +319,7 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
+        self.known = {}                                 # ids of texts that `pairs` has encoded
         config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
         with complaint(f"{folder}: not a tokenizer"):
             self.backend = tokenizers.Tokenizer.from_buffer(_read(folder / "tokenizer.json"))
@@ -342,6 +343,7 @@ class Tokenizer:
                 raise BadData(f"{folder}: its tokenizer makes {plain} of 'a', and with special tokens {added}")
             # Some tokenizers put a space before every text; behind an anchor they do not.
             self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
+            self.bos_text, self.eos_text = self.text(self.bos), self.text([self.eos])
 
     def _find_eos(self, folder: Path) -> int:
         if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
@@ -353,6 +355,16 @@ class Tokenizer:
                 return found
         raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
 
+    def _fill(self, chat: list[dict], answer: bool) -> str:
+        """The template's text, without a limit."""
+        if isinstance(self.template, str):
+            self.template = compile_template(self.template)
+        text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
+                                    **self.tokens)
+        if len(text) > (1 << 20) + 8 * len(plain(chat)):
+            raise OverflowError(f"{len(text):,} characters from {len(plain(chat)):,}")
+        return text
+
     def render(self, chat: list[dict], answer: bool) -> str:
         """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.
 
@@ -362,13 +374,7 @@ class Tokenizer:
             raise BadData("holds messages, but the tokenizer has no chat template: use a chat model, or strings")
         try:
             with bounded(*RENDERING):
-                if isinstance(self.template, str):
-                    self.template = compile_template(self.template)
-                text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
-                                            **self.tokens)
-            if len(text) > (1 << 20) + 8 * len(plain(chat)):
-                raise OverflowError(f"{len(text):,} characters from {len(plain(chat)):,}")
-            return text
+                return self._fill(chat, answer)
         except Exception as error:                      # a template can raise anything
             if isinstance(error, TimeoutError):         # once is enough
                 self.template = "{{ raise_exception('it takes too long') }}"
@@ -376,7 +382,7 @@ class Tokenizer:
 
     def _encode(self, text):
         with complaint("the tokenizer fails"):
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return self.known.get(text) or self.backend.encode(text, add_special_tokens=False).ids
 
     def _continue(self, text):
         return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
@@ -398,31 +404,62 @@ class Tokenizer:
         with complaint("the tokenizer fails"):
             return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
+    def pairs(self, records: list[Record]) -> list[tuple | BadData]:
+        """The ids of many records, or what `pair` raises of them.  All texts are rendered within one limit and encoded at
+        once; what fails so fails again when `pair` meets it alone, and says why."""
+        texts = [None] * len(records)
+        with contextlib.suppress(Exception), bounded(*RENDERING):
+            for i, record in enumerate(records):
+                texts[i] = self._texts(record, self._fill)
+        wanted = []
+        for record, spelled in zip(records, texts):
+            if spelled and isinstance(record.prompt, list):
+                wanted += spelled
+            elif spelled:
+                wanted += [spelled[0], *(self.anchor + whole[len(spelled[0]):] for whole in spelled[1:])]
+        with contextlib.suppress(BadData), complaint(""):
+            found = self.backend.encode_batch_fast(wanted, add_special_tokens=False)
+            self.known.update(zip(wanted, (each.ids for each in found)))
+        pairs = []
+        for record, spelled in zip(records, texts):
+            try:
+                pairs.append(self.pair(record, spelled))
+            except BadData as error:
+                pairs.append(error)
+        self.known.clear()
+        return pairs
+
+    def _texts(self, record: Record, render) -> list[str]:
+        """The text of the prompt, and those of the prompt with each response there is."""
+        sides = [side for side in (record.chosen, record.rejected) if side]
+        if isinstance(record.prompt, str):
+            return [record.prompt, *(record.prompt + side for side in sides)]
+        return [render(record.prompt, True), *(render([*record.prompt, *side], False) for side in sides)]
+
+    def pair(self, record: Record, texts: list[str] | None = None) -> tuple[list[int], list[int], list[int]]:
         """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
         string; to a rendered chat but for white space, which some special tokens take in."""
         chat = isinstance(record.prompt, list)
-        start = self.render(record.prompt, True) if chat else record.prompt
+        start, *wholes = texts or self._texts(record, self.render)
         prompt, responses = self._encode(start) if chat else self.prompt(start), []
         if not prompt:
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
-            whole = self.render([*record.prompt, *side], False) if chat and side else start + side
-            ids, same = (self._turn if chat else self._string)(start, whole, prompt) if side else ([], True)
+        for name, whole in zip(("chosen", "rejected"), wholes):
+            ids, same = (self._turn if chat else self._string)(start, whole, prompt)
             if not same:
                 raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
                               "or drops a character there; move the space or line break at the seam into the "
                               "response, or remove the character")
             responses.append(ids)
-        if responses[0] == responses[1]:
+        if responses[1:] == responses[:1]:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
-        return prompt, *responses
+        return prompt, *[*responses, []][:2]
 
     def _string(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
         """Ids of what stands behind the start, and whether all decodes to the whole."""
         ids = self.response(whole[len(start):])
-        plain = prompt[len(self.bos):] if not start.startswith(self.text(self.bos)) or not self.bos else prompt
-        return ids, self.text([*plain, *(ids if whole.endswith(self.text([self.eos])) else ids[:-1])]) == whole
+        plain = prompt if self.bos and start.startswith(self.bos_text) else prompt[len(self.bos):]
+        return ids, self.text([*plain, *(ids if whole.endswith(self.eos_text) else ids[:-1])]) == whole
 
     def _turn(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
         """The same of a rendered chat, up to the last added token (<|im_end|>, </s>), if only white space follows it:
@@ -497,18 +534,42 @@ class Dataset(NamedTuple):
                 f"{skipped}")
 
 
+def in_blocks(items: Iterator, size: int) -> Iterator[list]:
+    """Lists of so many; what was read before the items end in BadData comes before it."""
+    block = []
+    try:
+        for item in items:
+            block.append(item)
+            if len(block) == size:
+                yield block
+                block = []
+    except BadData:
+        yield block
+        raise
+    yield block
+
+
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -> Iterator[tuple]:
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
     names = [names] if isinstance(names, str | Path) else names
-    for where, line in itertools.chain.from_iterable(map(read_lines, names)):
-        try:
-            if len(line) > LONGEST[0]:                  # one of an array
-                raise BadData(f"longer than {LONGEST[0]:,} bytes")
-            record = parse(decode_json(line), need_rejected)
-            yield where, record, tokenizer.pair(record) if tokenizer else tuple(map(plain, record[:3]))
-        except (BadData, RecursionError) as error:      # the latter from thousands of brackets
-            yield where, BadData(f"{error!s:.500}"), None
+    for block in in_blocks(itertools.chain.from_iterable(map(read_lines, names)), 64):
+        records = []
+        for _, line in block:
+            try:
+                if len(line) > LONGEST[0]:                  # one of an array
+                    raise BadData(f"longer than {LONGEST[0]:,} bytes")
+                records.append(parse(decode_json(line), need_rejected))
+            except (BadData, RecursionError) as error:      # the latter from thousands of brackets
+                records.append(BadData(f"{error!s:.500}"))
+        good = [record for record in records if not isinstance(record, BadData)]
+        found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
+        for (where, _), record in zip(block, records):
+            ids = record if isinstance(record, BadData) else next(found)
+            if isinstance(ids, BadData):
+                yield where, BadData(f"{ids!s:.500}"), None
+            else:
+                yield where, record, ids
 
 
 def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:

@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"                 # its threads do not survive a fork
 if not any("test_cuda" in word for word in sys.argv):         # the other tests are of the CPU, where there is a GPU too
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
