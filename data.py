@@ -9,6 +9,7 @@ meet between two tokens; the token that ends a response is scored, once.
 """
 import argparse
 import contextlib
+import csv
 import difflib
 import faulthandler
 import gzip
@@ -16,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -40,6 +42,10 @@ class BadData(ValueError):
     """A file or record that cannot be used; the message says where, what was found and what to do."""
 
 
+class NoPreference(BadData):
+    """A record of a known shape that says that neither response is better: passed over, and counted."""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Records
 
@@ -54,6 +60,26 @@ TURN = "\n\nAssistant:"        # Anthropic's dialogues: the last one of these en
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+# Files that people have: the columns that a record is known by, and what makes it one of ours, of messages.
+SHAPES = {
+    "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], r["system"])),
+    "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], r["system"])),
+    "Alpaca": ("instruction chosen rejected", lambda r: _asked(r, _instruction(r))),
+    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), pair=_two(r, "output"))),
+    "stack-exchange": ("question response_j response_k",
+                       lambda r: _asked(r, r["question"], pair=[r["response_j"], r["response_k"]])),
+    "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id",
+                     lambda r: _asked(r, r["prompt"], pair=_better(r, "better_response_id", "response_0 response_1"))),
+    "ShareGPT": ("conversations chosen rejected", lambda r: _sharegpt(r)),
+    "SHP": ("history human_ref_A human_ref_B labels score_A score_B",
+            lambda r: {**_asked(r, r["history"], pair=_better(r, "labels", "human_ref_B human_ref_A")),
+                       "votes": _better(r, "labels", "score_B score_A")}),
+    "HelpSteer3": ("context response1 response2 overall_preference individual_preference", lambda r: _helpsteer(r)),
+}
+FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
+FORMS |= {name: f"columns {columns}" for name, (columns, _) in SHAPES.items()}
+
+
 class Record(NamedTuple):
     prompt: Text
     chosen: Text                # a string if the prompt is; else messages, all of which are scored
@@ -65,10 +91,81 @@ class Record(NamedTuple):
     form: str
 
 
-def parse(item, need_rejected: bool = True) -> Record:
-    """A decoded record -> Record.  Raises BadData that says what is wrong with it."""
+def _asked(record: dict, question: str, system: str | None = None, pair: list | None = None) -> dict:
+    """A record of ours from a question, what a system message says, and both responses if they have other names."""
+    chosen, rejected = pair or (record["chosen"], record["rejected"])
+    before = [{"role": "system", "content": system}] if system else []
+    prompt = [*before, {"role": "user", "content": question}]
+    return {**record, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _instruction(record: dict) -> str:
+    more = record.get("input")
+    return f"{record['instruction']}\n\n{more}" if more else record["instruction"]
+
+
+def _two(record: dict, name: str) -> list:
+    if not isinstance(record[name], list) or len(record[name]) != 2:
+        raise BadData(f"{name!r} is {_kind(record[name])}, not [chosen, rejected]")
+    return record[name]
+
+
+def _better(record: dict, label: str, columns: str) -> list:
+    """The values of two columns, the better one first: the label is the number of its column, 0 or 1."""
+    first, second = (record[name] for name in columns.split())
+    if record[label] not in (0, 1):
+        raise BadData(f"{label!r} is {record[label]!r:.50}, neither 0 nor 1")
+    return [second, first] if record[label] else [first, second]
+
+
+def _sharegpt(record: dict) -> dict:
+    def message(part):
+        if not isinstance(part, dict) or not {"from", "value"} <= part.keys():
+            raise BadData(f"a message is {_kind(part)}, not one with 'from' and 'value'")
+        return {"role": FROM.get(part["from"], part["from"]), "content": part["value"]}
+    if not isinstance(record["conversations"], list):
+        raise BadData(f"'conversations' is {_kind(record['conversations'])}, not a list of messages")
+    return {**record, "prompt": [message(part) for part in record["conversations"]],
+            "chosen": [message(record["chosen"])], "rejected": [message(record["rejected"])]}
+
+
+def _helpsteer(record: dict) -> dict:
+    """Preferences go from -3 (response1) to 3 (response2); those of single annotators are votes."""
+    overall, people = record["overall_preference"], record["individual_preference"]
+    marks = [person.get("score") for person in people or () if isinstance(person, dict)]
+    if not all(type(mark) is int and -3 <= mark <= 3 for mark in [overall, *marks]):
+        raise BadData(f"its preferences are {overall!r:.50} and {marks!r:.50}, not numbers from -3 to 3")
+    if overall == 0:
+        raise NoPreference("'overall_preference' is 0: no preference")
+    sides, votes = ["response1", "response2"], [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)]
+    if overall > 0:
+        sides, votes = sides[::-1], votes[::-1]
+    chosen, rejected = (record[side] for side in sides)
+    return {"prompt": record["context"], "chosen": chosen, "rejected": rejected, "votes": votes if any(votes) else None}
+
+
+def reshape(item: dict) -> tuple[str | None, dict]:
+    """The name of the shape that a record's columns show, and the record with our names; None: it has ours."""
+    fits = [name for name, (columns, _) in SHAPES.items() if set(columns.split()) <= item.keys()]
+    if not fits or {"prompt", "chosen"} <= item.keys():
+        return None, item
+    if len(fits) > 1:
+        raise BadData(f"has the columns of {' and of '.join(fits)} ({', '.join(map(repr, item))}): say which are "
+                      "meant, by --columns prompt=... chosen=... rejected=...")
+    try:
+        return fits[0], SHAPES[fits[0]][1](item)
+    except BadData as error:
+        raise type(error)(f"taken for {fits[0]}: {error}") from None
+
+
+def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = None) -> Record:
+    """A decoded record -> Record.  columns: our name -> its name there.  Raises BadData that says what is wrong."""
     if not isinstance(item, dict):
         raise BadData(f"is {_kind(item)}, not an object with prompt, chosen and rejected")
+    for ours, theirs in (columns or {}).items():
+        if theirs not in item:
+            raise BadData(f"has no {theirs!r}, which --columns takes for {ours} (it has {', '.join(map(repr, item))})")
+    shape, item = reshape({**item, **{ours: item[theirs] for ours, theirs in (columns or {}).items()}})
     names = ["chosen", "rejected"] if need_rejected or "rejected" in item else ["chosen"]
     if (missing := [name for name in ("prompt", *names) if name not in item]) not in ([], ["prompt"]):
         raise BadData(f"has no {missing[0]!r} (it has {', '.join(map(repr, item)) or 'nothing'})")
@@ -84,7 +181,8 @@ def parse(item, need_rejected: bool = True) -> Record:
     if votes is not None and not (isinstance(votes, list) and len(votes) == 2 and any(votes)
                                   and all(type(count) is int and 0 <= count < 1 << 31 for count in votes)):
         raise BadData(f"'votes' is {votes!r}, not [for chosen, for rejected], two counts of which one is above 0")
-    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), _numbers("rewards", item.get("rewards")), form)
+    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), _numbers("rewards", item.get("rewards")),
+                  shape or form)
 
 
 def _scores(item: dict) -> list[float] | None:
@@ -192,9 +290,13 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
     """("file:line", text) of each line that is not blank, of a plain or .gz file; ("file:record", text) of each item,
     if a .json file holds an array."""
     path, number, size = fetch(name), 0, 0
-    if ".parquet" in path.suffixes:
-        raise BadData(f"{name}: Parquet is not read; make it JSON Lines, for example by pandas.read_parquet(file)"
-                      ".to_json('pairs.jsonl', orient='records', lines=True)")
+    if path.is_dir():
+        raise BadData(f"{name}: a folder; give its files, or of one by datasets' save_to_disk make one: "
+                      "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
+    table = next((reader for fits, reader in TABLES if fits(path)), None)
+    if table:
+        yield from ((f"{name}:{number}", json.dumps(row, default=str).encode()) for number, row in table(name, path))
+        return
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
@@ -217,6 +319,45 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
     except OSError as error:
         raise BadData(f"{name}: {error.strerror or error}") from None
+
+
+def _is_parquet(path: Path) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+    return False
+
+
+def _parquet_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise BadData(f"{name}: to read Parquet, pip install pyarrow") from None
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+        yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadData(f"{name}: the Parquet file is broken ({' '.join(str(error).split()):.300})") from None
+
+
+def _csv_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
+    """Rows by the header's names; what is not text there is written as in JSON."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            for row in rows:
+                if None in row or None in row.values():
+                    raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
+                for key in row.keys() & NUMBERS:
+                    with contextlib.suppress(BadData):              # what is no JSON, the record's checks refuse
+                        row[key] = decode_json(row[key].encode()) if row[key] else None
+                yield rows.line_num, row
+    except (csv.Error, UnicodeError, EOFError, OSError, zlib.error) as error:
+        raise BadData(f"{name}: not a CSV file ({error})") from None
+
+
+NUMBERS = {"dispersion", "votes", "scores", "rewards", "score_chosen", "score_rejected", "better_response_id", "labels",
+           "score_A", "score_B", "overall_preference"}              # columns that hold no text
+TABLES = [(_is_parquet, _parquet_rows), (lambda path: ".csv" in path.suffixes, _csv_rows)]
 
 
 def fetch(name: str | Path) -> Path:
@@ -405,8 +546,8 @@ class Tokenizer:
             return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """The ids of many records, or what `pair` raises of them.  All texts are rendered within one limit and encoded at
-        once; what fails so fails again when `pair` meets it alone, and says why."""
+        """The ids of many records, or what `pair` raises of each.  All texts are rendered within one limit and encoded
+        at once; what fails so fails again when `pair` meets it alone, and says why."""
         texts = [None] * len(records)
         with contextlib.suppress(Exception), bounded(*RENDERING):
             for i, record in enumerate(records):
@@ -425,7 +566,7 @@ class Tokenizer:
             try:
                 pairs.append(self.pair(record, spelled))
             except BadData as error:
-                pairs.append(error)
+                pairs.append(BadData(f"{error!s:.500}"))
         self.known.clear()
         return pairs
 
@@ -527,11 +668,15 @@ class Dataset(NamedTuple):
     cut: int                     # pairs whose prompt was cut
     dropped: int                 # pairs that do not fit
     bad: int                     # records passed over with skip_bad
+    ties: int = 0                # records without a preference
+    forms: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        skipped = f", skipped {self.bad:,} bad records" if self.bad else ""
-        return (f"kept {len(self.pairs):,} pairs, {self.cut:,} with the prompt cut; dropped {self.dropped:,} too long"
-                f"{skipped}")
+        text = (f"{' and '.join(self.forms)}; kept {len(self.pairs):,} pairs, {self.cut:,} with the prompt cut; "
+                f"dropped {self.dropped:,} too long")
+        for count, what in ((self.ties, "without a preference"), (self.bad, "bad records")):
+            text += f", skipped {count:,} {what}" if count else ""
+        return text
 
 
 def in_blocks(items: Iterator, size: int) -> Iterator[list]:
@@ -549,7 +694,8 @@ def in_blocks(items: Iterator, size: int) -> Iterator[list]:
     yield block
 
 
-def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -> Iterator[tuple]:
+def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
+               columns: dict[str, str] | None = None) -> Iterator[tuple]:
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
     names = [names] if isinstance(names, str | Path) else names
@@ -559,7 +705,9 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -
             try:
                 if len(line) > LONGEST[0]:                  # one of an array
                     raise BadData(f"longer than {LONGEST[0]:,} bytes")
-                records.append(parse(decode_json(line), need_rejected))
+                records.append(parse(decode_json(line), need_rejected, columns))
+            except NoPreference as error:
+                records.append(error)
             except (BadData, RecursionError) as error:      # the latter from thousands of brackets
                 records.append(BadData(f"{error!s:.500}"))
         good = [record for record in records if not isinstance(record, BadData)]
@@ -567,7 +715,7 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True) -
         for (where, _), record in zip(block, records):
             ids = record if isinstance(record, BadData) else next(found)
             if isinstance(ids, BadData):
-                yield where, BadData(f"{ids!s:.500}"), None
+                yield where, ids, None
             else:
                 yield where, record, ids
 
@@ -582,15 +730,19 @@ def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
 
 
 def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
-               skip_bad: bool = False, need_rejected: bool = True, needed: tuple[str, ...] = ()) -> Dataset:
+               skip_bad: bool = False, need_rejected: bool = True, needed: tuple[str, ...] = (),
+               columns: dict[str, str] | None = None) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
     max_tokens bounds prompt + response; `needed` are fields that every record must have ("votes", for example).
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
     max_dropped of the pairs does not fit, and if nothing is left.
     """
-    pairs, cut, dropped, bad = [], 0, [], 0
-    for where, record, ids in read_pairs(names, tokenizer, need_rejected):
+    pairs, cut, dropped, bad, ties, forms = [], 0, [], 0, 0, {}
+    for where, record, ids in read_pairs(names, tokenizer, need_rejected, columns):
+        if isinstance(record, NoPreference):
+            ties += 1
+            continue
         if isinstance(record, BadData):
             if not skip_bad:
                 raise BadData(f"{where}: {record}")
@@ -601,6 +753,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
             dropped.append(where)
             continue
         cut += len(prompt) < len(ids[0])
+        forms[record.form] = None
         arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
         pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
         for name in needed:
@@ -612,7 +765,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
     if not pairs:
         files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
         raise BadData(f"{files}: no pairs in it ({bad:,} bad records skipped)" if bad else f"{files}: no pairs in it")
-    return Dataset(pairs, cut, len(dropped), bad)
+    return Dataset(pairs, cut, len(dropped), bad, ties, tuple(forms))
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -818,16 +971,25 @@ class Facts(NamedTuple):
     prompt: bytes                # digests: of the prompt, of the pair, of its opposite
     pair: bytes
     opposite: bytes
+    carries: tuple[str, ...]     # what a weight can come from
 
 
-def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int) -> bool:
+CARRIED = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
+           "rewards": "--advantage"}         # fields of a record, and the flag that uses them
+
+
+def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int,
+            columns: dict[str, str] | None = None) -> bool:
     """Print what is in files of records, all of them read, and some pairs -> whether nothing is wrong with them."""
     def digest(*texts):
         return hashlib.sha256(json.dumps(texts).encode()).digest()[:16]
-    bad, facts, first = [], [], []
+    bad, facts, first, ties = [], [], [], 0
     for name in names:
         try:
-            for where, record, ids in read_pairs(name, tokenizer):
+            for where, record, ids in read_pairs(name, tokenizer, columns=columns):
+                if isinstance(record, NoPreference):
+                    ties += 1
+                    continue
                 if isinstance(record, BadData):
                     bad.append((f"{where}: {record}", str(record)))
                     continue
@@ -836,7 +998,8 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
                 facts.append(Facts([len(part) for part in ids], record.form,
                                    None if kept is None else len(kept) < len(ids[0]),
                                    sum(plain(side).startswith(" ") for side in (chosen, rejected)), digest(prompt),
-                                   digest(prompt, chosen, rejected), digest(prompt, rejected, chosen)))
+                                   digest(prompt, chosen, rejected), digest(prompt, rejected, chosen),
+                                   tuple(name for name in CARRIED if getattr(record, name) is not None)))
                 if tokenizer and len(first) < examples:
                     first.append((where, *ids))
         except BadData as error:
@@ -861,9 +1024,12 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
             (len(facts) - len({fact.prompt for fact in facts}), "pairs have the prompt of an earlier one", False),
             (len(facts) - len(pairs), "pairs repeat an earlier one exactly", False),
             (opposed, "pairs are contradicted: the same two responses stand there the other way round, too", opposed),
-            (same, "records have identical responses", same), (len(bad), "records are bad", bad)]
+            (same, "records have identical responses", same), (ties, "records have no preference: skipped", False),
+            (len(bad), "records are bad", bad)]
     for count, what, wrong in rows[0 if tokenizer else 2:]:
         print(f"{count:>9,}  {what}  <- wrong" if wrong else f"{count:>9,}  {what}")
+    for name, count in Counter(name for fact in facts for name in fact.carries).items():
+        print(f"{count:>9,}  pairs carry {name}: {CARRIED[name]} uses it")
     for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
         print(f"{count:>9,}    {kind}")
     print(*(f"  {message[:500]}" for message, _ in bad[:5]), sep="\n")
@@ -876,19 +1042,34 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
     return bool(facts) and not any(wrong for _, _, wrong in rows)
 
 
+def read_columns(words: list[str] | None) -> dict[str, str]:
+    """What --columns says, our name -> theirs.  Raises BadData."""
+    columns = dict(word.partition("=")[::2] for word in words or ())
+    for ours, theirs in columns.items():
+        if ours not in ("prompt", "chosen", "rejected", *CARRIED) or not theirs:
+            raise BadData(f"--columns {ours}={theirs}: expected prompt=..., chosen=..., rejected=..., or one of "
+                          f"{', '.join(CARRIED)}")
+    return columns
+
+
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Check files of preference pairs, and show the "
                                      "tokens that are scored.  Exit status 1 if something is wrong with them.")
-    parser.add_argument("files", nargs="+", help="JSON Lines or a JSON array, plain or .gz, or hf://datasets/...")
+    parser.add_argument("files", nargs="+", help="JSON Lines, a JSON array or CSV, plain or .gz; Parquet; or "
+                                                 "hf://datasets/...")
+    parser.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="prompt=question chosen=good ...")
     parser.add_argument("--model", help="folder with tokenizer.json, or the hub's owner/name; without, no tokens")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest prompt + response")
     parser.add_argument("--show", type=int, default=2, help="how many pairs to print")
     args = parser.parse_args()
     try:
-        sys.exit(not examine(args.files, args.model and Tokenizer(find_model(args.model)), args.max_tokens, args.show))
+        tokenizer = args.model and Tokenizer(find_model(args.model))
+        sys.exit(not examine(args.files, tokenizer, args.max_tokens, args.show, read_columns(args.columns)))
     except BadData as error:
         print(f"data.py: error: {error!s:.2000}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:                                        # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

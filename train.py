@@ -52,7 +52,7 @@ from torch.optim.adamw import adamw
 
 import mallowspo
 from bandit import DEMO_PANELS, NEW_ASKERS, Population, draw, report
-from data import BadData, Pair, Split, Tokenizer, collate, find_model, hold_out, load_pairs, to_device
+from data import BadData, Pair, Split, Tokenizer, collate, find_model, hold_out, load_pairs, read_columns, to_device
 from mallowspo import LOSSES, TOKEN_WEIGHTS, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
 
@@ -367,8 +367,10 @@ PARTS = {"token_weights": ("token_decay", "token_cap"), "smoothing": ("unbiased"
 class Config:
     """Preference-train a language model (without --model: the demo)."""
     model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json")
-    data: tuple[str, ...] | None = flag(None, "preference pairs: files (.jsonl, .jsonl.gz, .json), hf://datasets/...")
+    data: tuple[str, ...] | None = flag(None, "preference pairs: files (.jsonl, .json, .csv, also .gz; .parquet), "
+                                               "hf://datasets/...")
     eval_data: tuple[str, ...] | None = flag(None, "held-out pairs")
+    columns: tuple[str, ...] | None = flag(None, "names of columns in --data: prompt=question chosen=good ...")
     eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
@@ -429,7 +431,7 @@ class Config:
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
 
     def __post_init__(self):
-        for name in ("data", "eval_data", "references"):
+        for name in ("data", "eval_data", "references", "columns"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         for names, fits, what in VALUES:
@@ -675,7 +677,8 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
 
     def load(paths):
-        data = load_pairs(paths, tokenizer, longest, cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed)
+        data = load_pairs(paths, tokenizer, longest, cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed,
+                          read_columns(cfg.columns))
         world.say(f"data        {' '.join(paths)}: {data}")
         return data.pairs
 

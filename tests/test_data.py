@@ -1,6 +1,8 @@
 """Records, tokens, the length policy, the schedule and rows."""
+import csv
 import gzip
 import http.server
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import torch
 import transformers
 from conftest import ROOT
 
+import data
 from data import (
     BadData,
     Schedule,
@@ -434,7 +437,8 @@ def test_arrays_and_several_files(tmp_path, tokenizer):
     ("f.json", b'[{"prompt": "a"}, ', "f.json:1: not JSON"), ("f.json", b"[" * 100_000, "f.json:1: not JSON"),
     ("f.json", b"[] []", "f.json:1: not JSON"), ("f.json", b"[]", "no pairs"),
     ("f.json", b"[\xff]", "f.json:1: not UTF-8"),
-    ("f.parquet", b"PAR1", "Parquet is not read"),
+    ("f.parquet", b"PAR1", "Parquet"), ("f.csv", b"prompt,chosen,rejected\na,b\n", "f.csv:2: has not as many fields"),
+    ("f.csv", b'prompt,chosen,rejected,votes\na,b,c,"[2"\n', "f.csv:2: 'votes' is '[2'"),
 ])
 def test_files_that_are_no_records(tmp_path, tokenizer, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -646,3 +650,107 @@ def test_collate_lays_out_a_shared_prompt():
     assert rows.sum_by_response(torch.ones(8)).tolist() == rows.length.tolist() == [[3, 1], [2, 2]]
     with pytest.raises(ValueError, match="16 responses; a row holds at most 15"):
         collate([([1], *[[2]] * 16)], 16)
+
+
+# --- files that people have -------------------------------------------------------------------------------------
+
+USER = [{"role": "user", "content": "is it?"}]
+STEER = {"context": USER, "response1": "yes", "response2": "no", "overall_preference": -2,
+         "individual_preference": [{"score": -2}, {"score": -1}, {"score": 1}]}
+SHP = {"history": "is it?", "human_ref_A": "yes", "human_ref_B": "no", "labels": 1, "score_A": 7, "score_B": 2}
+PKU = {"prompt": "is it?", "response_0": "no", "response_1": "yes", "better_response_id": 1}
+SHARE = {"conversations": [{"from": "human", "value": "is it?"}], "chosen": {"from": "gpt", "value": "yes"},
+         "rejected": {"from": "gpt", "value": "no"}}
+SHAPED = [
+    ("Orca", {"system": "", "question": "is it?", "chosen": "yes", "rejected": "no"}, {}),
+    ("argilla's Orca", {"system": "", "input": "is it?", "chosen": "yes", "rejected": "no", "status": "tie"}, {}),
+    ("Alpaca", {"instruction": "is it?", "input": "", "chosen": "yes", "rejected": "no", "scores": [3, 1]},
+     {"scores": [3, 1]}),
+    ("Alpaca, two outputs", {"instruction": "is it?", "output": ["yes", "no"]}, {}),
+    ("stack-exchange", {"question": "is it?", "response_j": "yes", "response_k": "no", "qid": 7}, {}),
+    ("PKU-SafeRLHF", PKU, {}), ("ShareGPT", SHARE, {}), ("SHP", SHP, {"votes": [7, 2]}),
+    ("SHP", {**SHP, "labels": 0, "human_ref_A": "no", "human_ref_B": "yes"}, {"votes": [2, 7]}),
+    ("HelpSteer3", STEER, {"votes": [2, 1]}),
+    ("HelpSteer3", {**STEER, "response1": "no", "response2": "yes", "overall_preference": 3,
+                    "individual_preference": [{"score": 3}]}, {"votes": [1, 0]}),
+    ("HelpSteer3", {**STEER, "individual_preference": []}, {}),
+]
+
+
+@pytest.mark.parametrize("shape, item, more", SHAPED)
+def test_shapes_are_known_by_their_columns(shape, item, more):
+    record = parse(item)
+    assert record[:3] == (USER, [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}])
+    assert record.form == shape and all(getattr(record, name) == value for name, value in more.items())
+    assert record.form in data.FORMS
+
+
+def test_a_system_message_comes_first():
+    record = parse({"system": "Be brief.", "question": "q", "chosen": "a", "rejected": "b"})
+    assert [message["role"] for message in record.prompt] == ["system", "user"]
+
+
+@pytest.mark.parametrize("item, words", [
+    ({**PKU, "better_response_id": 2}, "taken for PKU-SafeRLHF: 'better_response_id' is 2, neither 0 nor 1"),
+    ({**PKU, "better_response_id": None}, "neither 0 nor 1"),
+    ({**SHP, "labels": "1"}, "taken for SHP: 'labels' is '1'"),
+    ({**SHP, "score_A": -1}, "'votes'"), ({**STEER, "overall_preference": 5}, "not numbers from -3 to 3"),
+    ({**STEER, "individual_preference": [{"score": "x"}]}, "not numbers from -3 to 3"),
+    ({**STEER, "overall_preference": 0}, "no preference"), ({**PKU, "response_1": ""}, "'chosen' is empty"),
+    ({"instruction": "a", "output": ["b"]}, "'output' is a list, not [chosen, rejected]"),
+    ({**SHARE, "chosen": "yes"}, "not one with 'from' and 'value'"), ({**SHARE, "conversations": "a"}, "is a string"),
+    ({"system": "", "question": "a", "input": "b", "chosen": "c", "rejected": "d"}, "of Orca and of argilla's Orca"),
+    ({"question": "a", "response_j": 3, "response_k": "b"}, "'chosen' is the number 3")])
+def test_shapes_that_are_wrong(item, words):
+    with pytest.raises(BadData, match=re.escape(words)):
+        parse(item)
+
+
+def test_ties_are_passed_over_and_counted(tokenizer, tmp_path, capsys):
+    strings = {"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 1, "score_A": 1, "score_B": 0}
+    write_jsonl(tmp_path / "f.jsonl", [{**STEER, "overall_preference": 0}] * 2 + [GOOD])
+    found = load_pairs(tmp_path / "f.jsonl", tokenizer, 50)
+    assert found.ties == 2 and len(found.pairs) == 1 and "skipped 2 without a preference" in str(found)
+    write_jsonl(tmp_path / "g.jsonl", [{**STEER, "overall_preference": 0}] * 2)
+    with pytest.raises(BadData, match="no pairs in it"):
+        load_pairs(tmp_path / "g.jsonl", tokenizer, 50)
+    write_jsonl(tmp_path / "h.jsonl", [strings, {**STEER, "overall_preference": 0}])
+    assert data.examine([tmp_path / "h.jsonl"], None, 50, 0)
+    shown = capsys.readouterr().out
+    assert "1  pairs carry votes: --dispersion votes uses it" in shown and "1  records have no preference" in shown
+
+
+def test_columns_of_any_name(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "f.jsonl", [{"q": GOOD["prompt"], "good": GOOD["chosen"], "bad": GOOD["rejected"]}])
+    columns = data.read_columns(["prompt=q", "chosen=good", "rejected=bad"])
+    named = load_pairs(tmp_path / "f.jsonl", tokenizer, 50, columns=columns).pairs[0]
+    write_jsonl(tmp_path / "g.jsonl", [GOOD])
+    assert named.digest() == load_pairs(tmp_path / "g.jsonl", tokenizer, 50).pairs[0].digest()
+    with pytest.raises(BadData, match="has no 'q', which --columns takes for prompt"):
+        load_pairs(tmp_path / "g.jsonl", tokenizer, 50, columns=columns)
+    for words in (["prompt"], ["text=q"]):
+        with pytest.raises(BadData, match="--columns"):
+            data.read_columns(words)
+
+
+def test_csv_and_parquet_are_read_as_json_lines_are(tokenizer, tmp_path):
+    rows = [{**GOOD, "chosen": f' yes, "{i}"\nand more', "votes": [i + 1, 1]} for i in range(5)]
+    write_jsonl(tmp_path / "f.jsonl", rows)
+    want = load_pairs(tmp_path / "f.jsonl", tokenizer, 50).pairs
+    with open(tmp_path / "f.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "f.csv.gz").write_bytes(gzip.compress((tmp_path / "f.csv").read_bytes()))
+    names = ["f.csv", "f.csv.gz"]
+    if importlib.util.find_spec("pyarrow"):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet",
+                                                           row_group_size=2)
+        (tmp_path / "without_ending").write_bytes((tmp_path / "f.parquet").read_bytes())
+        names += ["f.parquet", "without_ending"]
+    for name in names:
+        found = load_pairs(tmp_path / name, tokenizer, 50).pairs
+        assert [(pair.digest(), pair.votes) for pair in found] == [(pair.digest(), pair.votes) for pair in want], name
+    with pytest.raises(BadData, match="a folder; give its files"):
+        load_pairs(tmp_path, tokenizer, 50)

@@ -9,7 +9,7 @@ MAY = {"mallowspo": set(), "model": {"data"}, "data": {"mallowspo"}, "bandit": {
        "train": {"mallowspo", "model", "data", "bandit"}}
 AT_TOP = {**MAY, "model": set()}                                  # its main() alone reads text by data's tokenizer
 PACKAGES = {"torch", "tokenizers", "safetensors", "numpy"}
-WHERE_USED = {"jinja2", "huggingface_hub", "matplotlib"}          # never at the top of a file
+WHERE_USED = {"jinja2", "huggingface_hub", "matplotlib", "pyarrow"}          # never at the top of a file
 
 
 def imports(nodes):
