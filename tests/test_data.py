@@ -715,7 +715,7 @@ def test_ties_are_passed_over_and_counted(tokenizer, tmp_path, capsys):
     with pytest.raises(BadData, match="no pairs in it"):
         load_pairs(tmp_path / "g.jsonl", tokenizer, 50)
     write_jsonl(tmp_path / "h.jsonl", [strings, {**STEER, "overall_preference": 0}])
-    assert data.examine([tmp_path / "h.jsonl"], None, 50, 0)
+    assert data.examine([str(tmp_path / "h.jsonl")], None, 50, 0)
     shown = capsys.readouterr().out
     assert "1  pairs carry votes: --dispersion votes uses it" in shown and "1  records have no preference" in shown
 
