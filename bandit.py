@@ -1435,7 +1435,7 @@ def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
     except ImportError:
         print("  no picture: for those, pip install matplotlib")
         return
-    width, dpi = (6.2, 80) if len(panels) == 1 else (10.4, 72)
+    width, dpi = (6.2, 80) if len(panels) == 1 else (5.2 * len(panels), 72)
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         here = [row for row in rows if row.get(panel.where[0]) == panel.where[1]]

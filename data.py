@@ -24,7 +24,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +33,8 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 
 import mallowspo
@@ -387,6 +389,8 @@ def _download(match: re.Match, **files) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Tokens
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+         "generation_config.json", "config.json")      # what decides on the ids
 RENDERING = 5.0, 1 << 30       # seconds and bytes that a chat template may take: it is a stranger's program
 
 
@@ -483,6 +487,9 @@ class Tokenizer:
             if not plain or self.bos is None:
                 raise BadData(f"{folder}: its tokenizer makes {plain} of 'a', and with special tokens {added}")
             # Some tokenizers put a space before every text; behind an anchor they do not.
+            files = [folder / name for name in FILES if (folder / name).is_file()]
+            day = datetime.now().strftime("%x") if "strftime" in str(template) else ""
+            self.digest = hashlib.sha256(b"".join(map(_read, files)) + day.encode()).hexdigest()
             self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
             self.bos_text, self.eos_text = self.text(self.bos), self.text([self.eos])
 
@@ -679,6 +686,20 @@ class Dataset(NamedTuple):
         return text
 
 
+CARRIED = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
+           "rewards": "--advantage"}         # fields of a record, and the flag that uses them
+
+
+def read_columns(words: list[str] | None) -> dict[str, str]:
+    """What --columns says, our name -> theirs.  Raises BadData."""
+    columns = dict(word.partition("=")[::2] for word in words or ())
+    for ours, theirs in columns.items():
+        if ours not in ("prompt", "chosen", "rejected", *CARRIED) or not theirs:
+            raise BadData(f"--columns {ours}={theirs}: expected prompt=..., chosen=..., rejected=..., or one of "
+                          f"{', '.join(CARRIED)}")
+    return columns
+
+
 def in_blocks(items: Iterator, size: int) -> Iterator[list]:
     """Lists of so many; what was read before the items end in BadData comes before it."""
     block = []
@@ -731,15 +752,16 @@ def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
 
 def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, max_dropped: float = 0.1,
                skip_bad: bool = False, need_rejected: bool = True, needed: tuple[str, ...] = (),
-               columns: dict[str, str] | None = None) -> Dataset:
+               columns: tuple[str, ...] | None = None, watch: Callable = iter) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
-    max_tokens bounds prompt + response; `needed` are fields that every record must have ("votes", for example).
+    max_tokens bounds prompt + response; `needed` are fields that every record must have ("votes", for example); columns
+    as read_columns takes them; watch sees every record as it comes.
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
     max_dropped of the pairs does not fit, and if nothing is left.
     """
     pairs, cut, dropped, bad, ties, forms = [], 0, [], 0, 0, {}
-    for where, record, ids in read_pairs(names, tokenizer, need_rejected, columns):
+    for where, record, ids in watch(read_pairs(names, tokenizer, need_rejected, read_columns(columns))):
         if isinstance(record, NoPreference):
             ties += 1
             continue
@@ -766,6 +788,60 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
         files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
         raise BadData(f"{files}: no pairs in it ({bad:,} bad records skipped)" if bad else f"{files}: no pairs in it")
     return Dataset(pairs, cut, len(dropped), bad, ties, tuple(forms))
+
+
+def write_dataset(dataset: Dataset, key: str) -> bytes:
+    """As safetensors: what read_dataset takes for these pairs, if it has the same key, and every bit is as it was."""
+    ids = [part for pair in dataset.pairs for part in pair[:3]]
+    facts = {"pairs": [pair[3:] for pair in dataset.pairs], "counts": dataset[1:]}
+    tensors = {"ids": np.concatenate(ids), "lengths": np.array([len(part) for part in ids], dtype=np.int64),
+               "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
+    return save(tensors, metadata={"key": key, "sha256": _checksum(tensors)})
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in ("ids", "lengths", "facts"):
+        digest.update(tensors[name].dtype.str.encode() + np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+def read_dataset(path: Path, key: str) -> Dataset | None:
+    """What write_dataset wrote, or None: there is nothing, or it is of another key, or damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("ids", "lengths", "facts")}
+        if metadata.get("key") != key or metadata.get("sha256") != _checksum(tensors):
+            return None
+    except (OSError, SafetensorError, KeyError, AttributeError, TypeError):
+        return None
+    facts = json.loads(tensors["facts"].tobytes())
+    parts = np.split(tensors["ids"], tensors["lengths"].cumsum()[:-1])
+    pairs = [Pair(*parts[3 * i:3 * i + 3], *fact) for i, fact in enumerate(facts["pairs"])]
+    *counts, forms = facts["counts"]
+    return Dataset(pairs, *counts, tuple(forms))
+
+
+def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tokenizer: Tokenizer,
+                 *settings) -> Dataset:
+    """load_pairs(names, tokenizer, *settings), from the file `path` if that was made of the same; else that is written
+    by write(path, content).  The last of the settings is `watch`, which changes nothing."""
+    files = [fetch(name) for name in names]
+    contents = []
+    for file in files:
+        with contextlib.suppress(OSError), open(file, "rb") as stream:       # load_pairs says what is wrong with it
+            contents.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    key = f"{PAIRS_RULES} {[str(name) for name in names]} {contents} {tokenizer.digest} {settings[:-1]}"
+    dataset = read_dataset(path, key)
+    if dataset is None:
+        dataset = load_pairs(list(names), tokenizer, *settings)
+        if write is not None:
+            write(path, write_dataset(dataset, key))
+    return dataset
+
+
+PAIRS_RULES = 1                # to be raised whenever the same records would give other pairs
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -974,10 +1050,6 @@ class Facts(NamedTuple):
     carries: tuple[str, ...]     # what a weight can come from
 
 
-CARRIED = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
-           "rewards": "--advantage"}         # fields of a record, and the flag that uses them
-
-
 def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int,
             columns: dict[str, str] | None = None) -> bool:
     """Print what is in files of records, all of them read, and some pairs -> whether nothing is wrong with them."""
@@ -1040,16 +1112,6 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
             shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
             print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
     return bool(facts) and not any(wrong for _, _, wrong in rows)
-
-
-def read_columns(words: list[str] | None) -> dict[str, str]:
-    """What --columns says, our name -> theirs.  Raises BadData."""
-    columns = dict(word.partition("=")[::2] for word in words or ())
-    for ours, theirs in columns.items():
-        if ours not in ("prompt", "chosen", "rejected", *CARRIED) or not theirs:
-            raise BadData(f"--columns {ours}={theirs}: expected prompt=..., chosen=..., rejected=..., or one of "
-                          f"{', '.join(CARRIED)}")
-    return columns
 
 
 def main():

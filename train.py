@@ -51,8 +51,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
 import mallowspo
-from bandit import DEMO_PANELS, NEW_ASKERS, Population, draw, report
-from data import BadData, Pair, Split, Tokenizer, collate, find_model, hold_out, load_pairs, read_columns, to_device
+from bandit import DEMO_PANELS, NEW_ASKERS, Panel, Population, draw, report
+from data import BadData, Pair, Split, Tokenizer, cached_pairs, collate, find_model, hold_out, to_device
 from mallowspo import LOSSES, TOKEN_WEIGHTS, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
 
@@ -138,7 +138,7 @@ def evaluate(model: Transformer, method: Method, held_out: Split, world: World) 
     quarter of them, by the dispersion index."""
     total = torch.zeros(len(Outcome._fields), device=world.device)
     accuracy = torch.zeros(len(held_out.pairs), device=world.device)
-    for step in range(held_out.steps):
+    for step in progress(world, "held out", range(held_out.steps), held_out.steps, "batches"):
         for row in held_out.schedule.rows(step, world.rank, world.size):
             outcome = score_pairs(model, method, held_out, row, 0, world)     # drawn tokens: always the same
             total += torch.stack([value.sum() for value in outcome])    # (7,)
@@ -163,6 +163,7 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 # 2. The reference and the weights: the model before step 1 scores each pair once, into a file
 
 SCORES_SECONDS = 120                               # between writes of the reference's scores
+PROGRESS_SECONDS = 10                              # between lines on what takes long
 
 
 @torch.no_grad()
@@ -182,7 +183,8 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     world.say(f"reference   {what} {path}")
     began = saved = time.perf_counter()
     try:
-        for turn in sorted({first[digest] // world.size for digest in missing}):          # of all ranks, at once
+        turns = sorted({first[digest] // world.size for digest in missing})               # of all ranks, at once
+        for turn in progress(world, "reference", turns, len(turns)):
             i, end = turn * world.size + world.rank, 0
             row = collate([pair[:3] for pair in rows[i]], BRANCHES, world.device)
             with world.autocast():
@@ -230,7 +232,7 @@ def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: 
     """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on."""
     method = cfg.method
     if method.link and (method.alpha or method.dispersion == "entropy"):
-        path = Path(cfg.reference or Path(cfg.out) / "reference.safetensors")
+        path = Path(cfg.reference or Path(cfg.out) / "cache/reference.safetensors")
         scores = score_reference(model, path, state["run"]["model_sha256"], splits, world)
         for each in splits:
             each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
@@ -373,7 +375,7 @@ class Config:
     columns: tuple[str, ...] | None = flag(None, "names of columns in --data: prompt=question chosen=good ...")
     eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
     out: str = flag("out", "folder for the model and all records")
-    reference: str | None = flag(None, "file for the reference's scores (default: OUT/reference.safetensors)")
+    reference: str | None = flag(None, "file for the reference's scores (default: OUT/cache/reference.safetensors)")
     references: tuple[str, ...] | None = flag(None, "further references beside --model, folders, for their mean (MRPO)")
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags to --reference-clip change it")
     dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
@@ -614,6 +616,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
             world.say(f"verdict     {record['trust']['meaning']}")
         if world.rank == 0:
             write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
+            draw_curves(out)
+            write_file(out / "README.md", model_card(cfg, record, split).encode())
             remove(checkpoints(out))
             shutil.rmtree(out / "checkpoint", ignore_errors=True)
         world.barrier()                                            # nobody reads the folder before it is whole
@@ -676,13 +680,18 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     longest = cfg.max_tokens or min(1024, limit)
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
 
-    def load(paths):
-        data = load_pairs(paths, tokenizer, longest, cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed,
-                          read_columns(cfg.columns))
-        world.say(f"data        {' '.join(paths)}: {data}")
-        return data.pairs
+    def load(name):
+        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
+        read = functools.partial(cached_pairs, cache, None if cfg.dry_run else write_file, paths, tokenizer, longest,
+                                 cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
+                                 functools.partial(progress, world, "reading", unit="records"))
+        if world.size > 1:
+            world.on_rank0(lambda: len(read().pairs))              # the others take what it has written
+        dataset = read()
+        world.say(f"data        {' '.join(paths)}: {dataset}")
+        return dataset.pairs
 
-    pairs, held_out = load(cfg.data), load(cfg.eval_data) if cfg.eval_data else []
+    pairs, held_out = load("data"), load("eval_data") if cfg.eval_data else []
     both = {pair.digest() for pair in pairs} & {pair.digest() for pair in held_out}
     if both:
         world.say(f"            {len(both):,} of the held-out pairs are trained on too")
@@ -691,13 +700,20 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     plan = cfg.batch_size, cfg.seed, cfg.tokens_per_row, ROW_TOKENS[world.device.type, cfg.compile], world.device
     split = Split.plan(pairs, *plan)
     split.steps = cfg.steps or (cfg.epochs or 1) * split.steps
-    settings = ", ".join(f"{name} {value}" for name, value in cfg.method._asdict().items() if name != "link")
+    settings = ", ".join(f"{name} {value}" for name, value in telling_settings(cfg.method).items())
     world.say(f"method      {cfg.loss}: {settings}\n"
               f"plan        {split.steps} steps of {min(cfg.batch_size, len(split.pairs))} pairs, "
               f"{split.steps / split.schedule.steps_per_epoch:.2f} epochs; rows of at most "
               f"{split.schedule.tokens_per_row} tokens; a response ends with "
               f"{tokenizer.text([int(split.pairs[0].chosen[-1])])!r}")
     return [split, Split.plan(held_out, *plan)] if held_out else [split]
+
+
+def telling_settings(method: Method) -> dict:
+    """The columns of a method that are not neutral, and those that are always asked for."""
+    neutral = Method._field_defaults
+    return {name: value for name, value in method._asdict().items()
+            if name in ("link", "dispersion", "beta") or value != neutral[name]}
 
 
 def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) -> None:
@@ -820,6 +836,20 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 
 # ---------------------------------------------------------------------------------------------------------------
 # 5. Processes: one, or many under torchrun
+
+def progress(world: World, what: str, items, total: int | None = None, unit: str = "rows"):
+    """The items, and a line every ten seconds on how many there were, how fast, and what is left."""
+    began = said = time.perf_counter()
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if now - said > PROGRESS_SECONDS:
+            said, rate, ends = now, done / (now - began), ""
+            if total:
+                left = int((total - done) / rate)
+                ends = f" of {total:,}, left {left // 60}:{left % 60:02}"
+            world.say(f"{what:<12}{done:,} {unit}{ends}, {rate:,.1f} per second")
+        yield item
+
 
 class World(NamedTuple):
     """This process among all."""
@@ -978,6 +1008,7 @@ def lock_folder(path: Path, wait: bool = True):
 
 
 def write_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_bytes(content)
     fsync(new)
@@ -1005,10 +1036,10 @@ def append_json(path: Path, entry: dict, world: World) -> None:
 
 def cut_log(path: Path, first: int, world: World) -> None:
     """Leave out what an interrupted run wrote of step `first` and later, and half of a line."""
-    if world.rank:
+    if world.rank or not path.exists():
         return
-    with open(path, "a+b") as file:
-        end = file.seek(0)
+    with open(path, "r+b") as file:
+        end = 0
         while (line := re.fullmatch(rb'\{"step": (\d+).*\}\n', file.readline())) and int(line[1]) < first:
             end = file.tell()
         file.truncate(end)
@@ -1183,6 +1214,62 @@ def must_match(record: dict) -> dict:
                         for name in settings if name not in MAY_CHANGE})
 
 
+CURVES = {"loss": ("loss",), "accuracy": ("accuracy",), "rewards": ("margin", "chosen_reward", "rejected_reward")}
+
+
+def draw_curves(out: Path) -> None:
+    """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
+    rows = []
+    for name, note in (("metrics", ""), ("evaluations", ", held out")):
+        path = out / f"{name}.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            entry = json.loads(line)
+            shown = [(panel, field.replace("_", " ") + note, entry[field])
+                     for panel, fields in CURVES.items() for field in fields if note == "" or field in fields[:1]]
+            shown += [("quartiles", f"quarter {i}", share)
+                      for i, share in enumerate(entry.get("accuracy_by_quartile", ()), 1)]
+            rows += [{"step": entry["step"], "panel": panel, "curve": curve, "value": value}
+                     for panel, curve, value in shown if value is not None]
+    titles = {**dict.fromkeys(CURVES, ""), "quartiles": "held out; 1: least agreement"}
+    panels = [Panel("step", "value", "curve", {row["curve"]: row["curve"] for row in rows if row["panel"] == name},
+                    "step", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
+              for name, title in titles.items() if any(row["panel"] == name for row in rows)]
+    draw(rows, panels, out / "curves.png")
+
+
+def model_card(cfg: Config, record: dict, split: Split) -> str:
+    """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how to load it."""
+    path = Path(cfg.out) / "evaluations.jsonl"
+    figures = json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
+    held_out = ", ".join(f"{name} {figures[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in figures)
+    folder = "" if cfg.merge or not cfg.lora_rank else "/adapter"
+    library = "peft" if folder else "transformers"
+    settings = "\n".join(f"| {name} | {value} |" for name, value in telling_settings(cfg.method).items())
+    meaning = record["trust"]["meaning"] if record["trust"] else "there was no dispersion index"
+    return f"""---
+base_model: {json.dumps(cfg.model)}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [mallowspo, {cfg.loss}, preference-optimisation]
+---
+# {Path(cfg.model).name}, preference-trained by {cfg.loss}
+
+Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}`, for {split.steps} steps of
+{min(cfg.batch_size, len(split.pairs))} pairs at a learning rate of {cfg.lr}.
+
+Data: {", ".join(f"`{name}`" for name in cfg.data)}, {record["pairs"]:,} pairs (hash {record["data_sha256"][:16]}).
+Held out: {held_out or "nothing"}.
+Dispersion: phi_star {record["phi_star"]}, power {record["dispersion_power"]}. Verdict: {meaning}.
+
+| method | {cfg.loss} |
+|---|---|
+{settings}
+
+Load it with `transformers.AutoModelForCausalLM.from_pretrained("{Path(cfg.out).name}{folder}")`. All settings are in
+`run.json`; `cache/` may be deleted.
+"""
+
+
 @contextlib.contextmanager
 def deferred_signals():
     """A list that takes SIGINT and SIGTERM, which end nothing meanwhile; only a second ctrl-C does."""
@@ -1190,6 +1277,7 @@ def deferred_signals():
 
     def note(number, frame):
         signals.append(number)
+        print(f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once", flush=True)
         if signals.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt(number)
     former = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -1202,21 +1290,18 @@ def deferred_signals():
 
 def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> None:
     """What was trained: the model's folder, or with LoRA adapter/ in it, as PEFT reads it, or both.  Rank 0 writes, the
-    others give their shares.  An index keeps loaders that take every *.safetensors off reference.safetensors."""
+    others give their shares."""
     if world.rank:
         for name in model.origin.tensors if world.shard else ():
             model.to_hf(name)
         return
     if cfg.lora_rank:
         save_adapter(model, out / "adapter", cfg.model)
+        for name, content in model.origin.files.items():           # so that it loads with its tokenizer
+            if not name.endswith(".index.json"):
+                (out / "adapter" / name).write_bytes(content)
     if cfg.merge or not cfg.lora_rank:
-        names = {name: file for name, (file, _) in model.origin.tensors.items()}
-        files, index = model.origin.files, "model.safetensors.index.json"
-        if json.loads(files.get(index, b"{}")).get("weight_map") != names:
-            total = {"total_parameters": sum(p.numel() for p in model.parameters())}
-            files[index] = json.dumps({"metadata": total, "weight_map": names}, indent=2).encode()
         model.save_pretrained(out)
-
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -722,7 +722,7 @@ def test_ties_are_passed_over_and_counted(tokenizer, tmp_path, capsys):
 
 def test_columns_of_any_name(tokenizer, tmp_path):
     write_jsonl(tmp_path / "f.jsonl", [{"q": GOOD["prompt"], "good": GOOD["chosen"], "bad": GOOD["rejected"]}])
-    columns = data.read_columns(["prompt=q", "chosen=good", "rejected=bad"])
+    columns = ["prompt=q", "chosen=good", "rejected=bad"]
     named = load_pairs(tmp_path / "f.jsonl", tokenizer, 50, columns=columns).pairs[0]
     write_jsonl(tmp_path / "g.jsonl", [GOOD])
     assert named.digest() == load_pairs(tmp_path / "g.jsonl", tokenizer, 50).pairs[0].digest()
@@ -754,3 +754,31 @@ def test_csv_and_parquet_are_read_as_json_lines_are(tokenizer, tmp_path):
         assert [(pair.digest(), pair.votes) for pair in found] == [(pair.digest(), pair.votes) for pair in want], name
     with pytest.raises(BadData, match="a folder; give its files"):
         load_pairs(tmp_path, tokenizer, 50)
+
+
+def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
+    """200 times a bit of it is flipped, or its end is cut off: it is made again, or was as before."""
+    rows = [{**GOOD, "chosen": f" yes {i}", "votes": [i + 1, 0], "scores": [i, 0.5]} for i in range(20)]
+    write_jsonl(tmp_path / "f.jsonl", rows)
+    path, settings = tmp_path / "cache/f.safetensors", (50, 0.1, False, True, (), None, iter)
+    written = []
+
+    def write(path, content):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        written.append(content)
+    want = data.cached_pairs(path, write, (tmp_path / "f.jsonl",), tokenizer, *settings)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for turn in range(200):
+        damaged = bytearray(content)
+        place = int(rng.integers(len(damaged)))
+        if turn % 4:
+            damaged[place] ^= 1 << int(rng.integers(8))
+        else:
+            damaged = damaged[:place]
+        path.write_bytes(damaged)
+        found = data.cached_pairs(path, write, (tmp_path / "f.jsonl",), tokenizer, *settings)
+        assert found[1:] == want[1:] and len(found.pairs) == len(want.pairs)
+        for one, other in zip(found.pairs, want.pairs):
+            assert one[3:] == other[3:] and all(np.array_equal(a, b) for a, b in zip(one[:3], other[:3]))
+    assert len(written) > 190

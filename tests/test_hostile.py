@@ -459,7 +459,7 @@ def stopped(make_model, pairs, tmp_path):
 def test_scores_of_other_lengths(stopped):
     """The right key and the right pairs, but not their tokens."""
     flags, _ = stopped
-    path = Path(flags[5]) / "reference.safetensors"
+    path = Path(flags[5]) / "cache/reference.safetensors"
     with train.safe_open(path, "np") as file:
         key, digests = file.metadata()["key"], file.get_tensor("digest")
     for length in (0, 1, 99):

@@ -386,7 +386,7 @@ def test_references_in_the_trainer(run, make_model, pairs, tmp_path):
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-6)
     assert any(not torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
-    assert sorted(path.name for path in (tmp_path / "differs").glob("reference*.safetensors")) == [
+    assert sorted(path.name for path in (tmp_path / "differs/cache").glob("reference*.safetensors")) == [
         "reference-2.safetensors", "reference-3.safetensors", "reference.safetensors"]
 
 

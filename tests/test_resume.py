@@ -162,7 +162,7 @@ def test_a_reference_that_was_removed_is_made_again(job, tmp_path):
     """By the model of --model, not by what was trained since."""
     job(out=str(tmp_path / "whole"))
     job(stop_at=2)
-    (tmp_path / "out/reference.safetensors").unlink()
+    (tmp_path / "out/cache/reference.safetensors").unlink()
     job(resume=True)
     same(tmp_path / "whole", tmp_path / "out")
 
@@ -337,7 +337,7 @@ def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train, "collate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         job(tokens_per_row=100)
-    done = len(load_file(tmp_path / "out/reference.safetensors")["digest"])
+    done = len(load_file(tmp_path / "out/cache/reference.safetensors")["digest"])
     job(tokens_per_row=100)
     assert done and f"scoring {50 - done} pairs" in capsys.readouterr().out
     job(out=str(tmp_path / "whole"), tokens_per_row=100)

@@ -100,8 +100,10 @@ def test_the_folder_loads_in_transformers(trained, make_model):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(ids).logits
         assert (theirs - Transformer.from_pretrained(out).logits(ids)).abs().max() < 1e-4
     assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<end>"
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(index) == set(saved) and set(index.values()) == {"model.safetensors"}
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]      # no loader mistakes another
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ") and "preference-trained by mallows-theta" in card
+    assert "Held out: loss 0." in card and "trust" in card and "| beta | 0.1 |" in card and "smoothing" not in card
 
 
 def same_run(trained, other, exactly=False):
@@ -110,7 +112,8 @@ def same_run(trained, other, exactly=False):
     for name in start:
         gap = (start[name] - theirs[name]).abs()
         assert gap.max() <= (0 if exactly else 1e-6) and gap.mean() <= (0 if exactly else 1e-8), name
-    for file in ("metrics.jsonl", "evaluations.jsonl"):
+    assert (trained / "evaluations.jsonl").exists() == (other / "evaluations.jsonl").exists()
+    for file in [path.name for path in trained.glob("[em]*.jsonl")]:
         for one, two in zip(rows_of(trained / file), rows_of(other / file), strict=True):
             for key in set(one) - {"pairs_per_second", "tokens_per_second", "memory_gib", "seconds"}:
                 assert one[key] == pytest.approx(two[key], rel=2e-3 if key == "grad_norm" else 1e-4, abs=1e-5), key
@@ -139,10 +142,10 @@ def test_a_short_last_batch_over_more_processes_than_pairs(run, make_model, tmp_
 def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained[0], out)
-    before = (out / "reference.safetensors").stat().st_mtime_ns
+    before = (out / "cache/reference.safetensors").stat().st_mtime_ns
     done = run("train.py", "--config", out / "run.json", "--out", out)
     assert done.returncode == 0 and "all scores reused" in done.stdout, done.stderr
-    assert (out / "reference.safetensors").stat().st_mtime_ns == before
+    assert (out / "cache/reference.safetensors").stat().st_mtime_ns == before
     same_run(trained[0], out, exactly=True)
     longer = run("train.py", "--config", out / "run.json", "--out", out, "--steps", 4, "--loss", "dpo")
     assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 3 adds
@@ -151,8 +154,31 @@ def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
     same_run(trained[0], out, exactly=True)
 
 
+def test_pairs_are_tokenised_once(run, make_model, pairs, tmp_path):
+    """A second run and a second process take them from OUT/cache, unless the file or a setting has changed."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    shutil.copy(pairs, data)
+    flags = ["train.py", "--model", make_model(), "--data", data, "--out", out, "--steps", 2, "--batch-size", 4,
+             "--samples", 0]
+    assert run(*flags).returncode == 0
+    cache = out / "cache/data.safetensors"
+    first, made = load_file(cache)["ids"], cache.stat().st_mtime_ns
+    for more, processes in (([], 1), ([], 2)):
+        done = run(*flags, *more, processes=processes)
+        assert done.returncode == 0 and cache.stat().st_mtime_ns == made, done.stderr
+    assert run(*flags, "--max-tokens", 60).returncode == 0 and cache.stat().st_mtime_ns != made        # made again
+    assert run(*flags).returncode == 0 and torch.equal(load_file(cache)["ids"], first)
+    data.write_text(data.read_text().replace("one", "two", 1))
+    assert run(*flags).returncode == 0 and not torch.equal(load_file(cache)["ids"], first)
+    cache.write_bytes(b"broken")
+    assert run(*flags).returncode == 0 and load_file(cache)["ids"].shape == first.shape
+    dry = tmp_path / "dry"
+    assert run(*flags[:-6], "--out", dry, "--dry-run").returncode == 0 and not dry.exists()
+
+
 def test_a_reference_of_other_weights_is_refused(trained, run, make_model, pairs, tmp_path):
-    shutil.copy(trained[0] / "reference.safetensors", tmp_path)
+    (tmp_path / "cache").mkdir()
+    shutil.copy(trained[0] / "cache/reference.safetensors", tmp_path / "cache")
     done = run("train.py", "--model", make_model("gpt2"), "--data", pairs, "--out", tmp_path, *QUICK)
     refused(done, "reference.safetensors: scored by other weights")
     shutil.copytree(make_model(), tmp_path / "other")
@@ -160,7 +186,7 @@ def test_a_reference_of_other_weights_is_refused(trained, run, make_model, pairs
     (tmp_path / "other/config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
     done = run("train.py", "--model", tmp_path / "other", "--data", pairs, "--out", tmp_path, *QUICK)
     refused(done, "reference.safetensors: scored by other weights")
-    (tmp_path / "reference.safetensors").write_bytes(b"broken")
+    (tmp_path / "cache/reference.safetensors").write_bytes(b"broken")
     refused(run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path, *QUICK), "not a whole file")
 
 
@@ -223,7 +249,7 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (tmp_path / "data.jsonl").write_text("".join(line + "\n" for line in lines))
     done = run("train.py", "--model", make_model(), "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
     refused(done, words)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/run.json").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -252,7 +278,7 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
 def test_bad_flags_are_refused(run, make_model, pairs, tmp_path, flags, words):
     done = run("train.py", "--model", make_model(), "--data", pairs, "--out", tmp_path / "out", *flags, cwd=tmp_path)
     refused(done, words)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/run.json").exists()
 
 
 def test_model_and_data_go_together(run, pairs, make_model):

@@ -110,7 +110,7 @@ def run_once(folder: Path, out: Path, at_second: float | None = None, at_operati
 def contents(out: Path) -> dict:
     """All that must be equal."""
     found = {"state": load_file(out.with_suffix(".state")), "model": load_file(out / "model.safetensors")}
-    scores = load_file(out / "reference.safetensors")
+    scores = load_file(out / "cache/reference.safetensors")
     order = sorted(range(len(scores["digest"])), key=lambda i: scores["digest"][i].tolist())
     ends = scores["length"].cumsum(0).tolist()
     for name in ("logp", "entropy"):
