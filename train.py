@@ -680,9 +680,13 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     longest = cfg.max_tokens or min(1024, limit)
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
 
+    def keep(path, content):
+        with lock_folder(path.with_name(path.name + ".lock")):         # makes the folder, or says why it cannot
+            write_file(path, content)
+
     def load(name):
         paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
-        read = functools.partial(cached_pairs, cache, None if cfg.dry_run else write_file, paths, tokenizer, longest,
+        read = functools.partial(cached_pairs, cache, None if cfg.dry_run else keep, paths, tokenizer, longest,
                                  cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
                                  functools.partial(progress, world, "reading", unit="records"))
         if world.size > 1:
@@ -1008,7 +1012,6 @@ def lock_folder(path: Path, wait: bool = True):
 
 
 def write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_bytes(content)
     fsync(new)
