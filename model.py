@@ -594,7 +594,7 @@ class Transformer(nn.Module):
                    for name, ours in parts.items() if ours[0] in parameters}
         files = {"config.json": json.dumps(settings, indent=2).encode(), **(files or {})}
         model.origin = Origin(family, files, tensors, {}, {}, parts)
-        model.stop_tokens = end_tokens(files, config.vocab_size)
+        model.stop_tokens, _ = end_tokens(files, config.vocab_size)
         return model
 
     @classmethod
@@ -610,7 +610,7 @@ class Transformer(nn.Module):
         if shard:
             shard(model)
         model.origin = origin
-        model.stop_tokens = end_tokens(origin.files, config.vocab_size, Path(folder))
+        model.stop_tokens, _ = end_tokens(origin.files, config.vocab_size, Path(folder))
         have, places = {}, dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in tensors:
             ours = origin.parts.get(name, ["none"])
@@ -679,8 +679,11 @@ class Transformer(nn.Module):
     def notes(self) -> list[str]:
         """What config.json asks for and training goes without; whoever trains should say it."""
         settings = json.loads(self.origin.files["config.json"])
-        return [f"config.json asks for {key}={settings[key]!r:.80}: there is no dropout here, it is 0"
-                for key in DROPOUTS if settings.get(key)]
+        _, strays = end_tokens(self.origin.files, self.config.vocab_size)
+        return [*(f"config.json asks for {key}={settings[key]!r:.80}: there is no dropout here, it is 0"
+                  for key in DROPOUTS if settings.get(key)),
+                *(f"eos_token_id {token} is not one of the model's {self.config.vocab_size:,} tokens: passed over"
+                  for token in strays)]
 
 
 def to_shard(tensor: Tensor, place: Tensor) -> Tensor:
@@ -836,17 +839,18 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
     return FAMILIES[kind], config
 
 
-def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) -> tuple[int, ...]:
-    """The end-of-text ids that the folder's generation_config.json and config.json name."""
+def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) -> tuple[list[int], list[int]]:
+    """The end-of-text ids that generation_config.json and config.json name: those of the vocabulary, and others (as
+    GPT2Config's default is in a small vocabulary)."""
     found = []
     for name in ("generation_config.json", "config.json"):
         ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
         for token in ids if isinstance(ids, list) else [ids]:
             if token is not None:
-                check(type(token) is int and 0 <= token < vocab_size,
-                      f"{folder / name}: eos_token_id {token!r:.80} is not one of its {vocab_size:,} tokens")
+                check(type(token) is int and token >= 0, f"{folder / name}: eos_token_id {token!r:.80} is no token")
                 found.append(token)
-    return tuple(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    return [token for token in found if token < vocab_size], [token for token in found if token >= vocab_size]
 
 
 def read_json(path: Path) -> dict:
@@ -868,8 +872,10 @@ def read_json(path: Path) -> dict:
 def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
     """What is in a Hugging Face folder; the tensors come one by one."""
     hint = "a model is a folder with config.json, *.safetensors and tokenizer.json"
-    if (folder / "adapter_config.json").exists():
-        hint = "an adapter alone is not a model: give one that it is merged into (train.py --merge writes it)"
+    adapter = any((place / "adapter_config.json").exists() for place in (folder, folder / "adapter"))
+    whole = any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
+    check(whole or not adapter, f"{folder}: an adapter alone is not a model: give one that it is merged into (train.py "
+                                "--merge writes it)")
     found = "no config.json there" if folder.is_dir() else "no such folder"
     check((folder / "config.json").is_file(), f"{folder}: {found}; {hint}")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))

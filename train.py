@@ -844,14 +844,15 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 def progress(world: World, what: str, items, total: int | None = None, unit: str = "rows"):
     """The items, and a line every ten seconds on how many there were, how fast, and what is left."""
     began = said = time.perf_counter()
-    for done, item in enumerate(items):
+    for number, item in enumerate(items, 1):
         now = time.perf_counter()
         if now - said > PROGRESS_SECONDS:
-            said, rate, ends = now, done / (now - began), ""
+            said, rate = now, number / (now - began)
+            line = f"{what:<12}{number:,} {unit}"
             if total:
-                left = int((total - done) / rate)
-                ends = f" of {total:,}, left {left // 60}:{left % 60:02}"
-            world.say(f"{what:<12}{done:,} {unit}{ends}, {rate:,.1f} per second")
+                left = int((total - number) / rate)
+                line = f"{what:<12}{number:,} of {total:,} {unit}, left {left // 60}:{left % 60:02}"
+            world.say(f"{line}, {rate:,.1f} per second")
         yield item
 
 
@@ -1280,7 +1281,8 @@ def deferred_signals():
 
     def note(number, frame):
         signals.append(number)
-        print(f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once", flush=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once", flush=True)
         if signals.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt(number)
     former = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]

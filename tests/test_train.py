@@ -1,4 +1,5 @@
 """train.py as a user runs it."""
+import importlib.util
 import json
 import math
 import re
@@ -137,6 +138,17 @@ def test_a_short_last_batch_over_more_processes_than_pairs(run, make_model, tmp_
         assert done.returncode == 0, done.stderr
     same_run(tmp_path / "1", tmp_path / "2")
     assert [r["step"] for r in rows_of(tmp_path / "1/metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_curves_and_progress(trained, run, make_model, pairs, held_out, tmp_path, monkeypatch):
+    if importlib.util.find_spec("matplotlib"):
+        assert (trained[0] / "curves.png").stat().st_size > 10_000
+    monkeypatch.setattr(train, "PROGRESS_SECONDS", -1)
+    done = run("train.py", "--model", make_model(), "--data", pairs, "--eval-data", held_out, "--out", tmp_path, *QUICK)
+    assert done.returncode == 0, done.stderr
+    for words in (r"reading     49 records, [\d.,]+ per second", r"reference   1 of \d+ rows, left ",
+                  r"held out    1 of \d+ batches, left "):
+        assert re.search(words, done.stdout), words
 
 
 def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
@@ -381,6 +393,10 @@ def test_lora_trains_an_adapter_and_resumes_nothing_else(run, make_model, pairs,
     done = run("train.py", *flags, "--out", tmp_path / "b")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b/adapter/adapter_config.json").exists() and not (tmp_path / "b/model.safetensors").exists()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b/adapter").eos_token == "<end>"
+    for folder in ("b", "b/adapter"):
+        done = run("train.py", "--model", tmp_path / folder, "--data", pairs, "--out", tmp_path / "c", *QUICK)
+        refused(done, "an adapter alone is not a model: give one that it is merged into")
 
 
 @pytest.mark.parametrize("source", ["votes", "field", "scores"])
