@@ -169,12 +169,18 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
             raise BadData(f"has no {theirs!r}, which --columns takes for {ours} (it has {', '.join(map(repr, item))})")
     shape, item = reshape({**item, **{ours: item[theirs] for ours, theirs in (columns or {}).items()}})
     names = ["chosen", "rejected"] if need_rejected or "rejected" in item else ["chosen"]
+    found = f"(it has {', '.join(map(repr, item)) or 'nothing'})"
+    if isinstance(item.get("data"), list):
+        raise BadData("holds its records under 'data': write that list alone, as a JSON array")
     if (missing := [name for name in ("prompt", *names) if name not in item]) not in ([], ["prompt"]):
-        raise BadData(f"has no {missing[0]!r} (it has {', '.join(map(repr, item)) or 'nothing'})")
+        raise BadData(f"has no {missing[0]!r} {found}")
     prompt, *sides = [_text(name, item[name]) if name in item else None for name in ("prompt", *names)]
     if sides[1:] == sides[:1]:
         raise BadData("'chosen' and 'rejected' are the same text: there is no preference to learn")
-    form, prompt, sides = _arrange(prompt, sides)
+    try:
+        form, prompt, sides = _arrange(prompt, sides)
+    except BadData as error:
+        raise BadData(f"{error} {found}" if prompt is None else error) from None
     if empty := [name for name, side in zip(names, sides) if not plain(side)]:
         raise BadData(f"{empty[0]!r} is empty")
     phi, votes = item.get("dispersion"), item.get("votes")
@@ -1081,14 +1087,7 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
     for form, count in Counter(fact.form for fact in facts).most_common():
         print(f"{count:>9,}  {form}: {FORMS[form]}")
     if facts:
-        unit, lengths = "in tokens" if tokenizer else "in characters", np.array([fact.lengths for fact in facts])
-        print(f"\n{unit:<17}     5 %    25 %    50 %    75 %    95 % longest")
-        for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
-            print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
-        longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
-        spaced = sum(fact.spaces for fact in facts) / (2 * len(facts))
-        print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
-              f"{spaced:>9.1%}  of the responses start with a space")
+        print_lengths(facts, "in tokens" if tokenizer else "in characters")
     pairs, cuts = {fact.pair for fact in facts}, Counter(fact.cut for fact in facts)
     opposed, same = len(pairs & {fact.opposite for fact in facts}), sum("no preference" in kind for _, kind in bad)
     rows = [(cuts[True], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
@@ -1112,6 +1111,17 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
             shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
             print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
     return bool(facts) and not any(wrong for _, _, wrong in rows)
+
+
+def print_lengths(facts: list[Facts], unit: str) -> None:
+    lengths = np.array([fact.lengths for fact in facts])
+    print(f"\n{unit:<17}     5 %    25 %    50 %    75 %    95 % longest")
+    for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
+        print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
+    longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
+    spaced = sum(fact.spaces for fact in facts) / (2 * len(facts))
+    print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
+          f"{spaced:>9.1%}  of the responses start with a space")
 
 
 def main():

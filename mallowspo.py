@@ -49,7 +49,7 @@ from torch import Tensor
 class Method(NamedTuple):
     """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
     link: str | None              # a name of LINKS; None: no preference term
-    dispersion: str = "constant"  # source of the weight: "constant" (1), "entropy", the record's "field" or "votes"
+    dispersion: str = "constant"  # source of the weight: "constant" (1), "entropy", or a field of the record
     beta: float = 0.1             # pull to the reference
     alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
     eta: float = 0.0              # 1 divides the log-ratio by the response's length
@@ -71,10 +71,10 @@ class Method(NamedTuple):
 
 
 LOSSES = {
-    # The papers stand beside the LINKS, or here: by arXiv number.  Defaults are the authors', or those of the table
-    # in README.md.  IPO averages over tokens, as its authors confirmed; the hinge keeps the reference, as in TRL;
-    # RainbowPO's margin is (1 - alpha) * 0.1.
-    # (ORPO is missing: its odds, log p - log(1 - p), are not a difference of log-probabilities.)
+    # The papers stand beside the LINKS, or here by arXiv number.  Defaults are the authors' where they are known; those
+    # of focalpo and hpo are guesses.  IPO averages over tokens, as its authors confirmed; the hinge keeps the
+    # reference, as in TRL; RainbowPO's margin is (1 - alpha) * 0.1.  (ORPO is missing: its log p - log(1 - p) is no
+    # difference of log-probabilities.)
     "dpo":           Method("sigmoid"),
     "cdpo":          Method("sigmoid", smoothing=0.1),                                  # Mitchell 2023, a note
     "robust":        Method("sigmoid", smoothing=0.1, unbiased=True),                   # 2403.00409

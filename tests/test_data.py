@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import transformers
 from conftest import ROOT
 
 import data
+import mallowspo
 from data import (
     BadData,
     Schedule,
@@ -685,6 +687,29 @@ def test_shapes_are_known_by_their_columns(shape, item, more):
     assert record.form in data.FORMS
 
 
+def test_shapes_train(run, make_model, tmp_path):
+    """All of them in one file, two steps; and the votes of those that have some."""
+    shutil.copytree(make_model(), tmp_path / "model")
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    settings["chat_template"] = ("{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+                                 "{% if add_generation_prompt %}assistant: {% endif %}")
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    write_jsonl(tmp_path / "f.jsonl", [item for _, item, _ in SHAPED] + [{**STEER, "overall_preference": 0}])
+    done = run("train.py", "--model", tmp_path / "model", "--data", tmp_path / "f.jsonl", "--out", tmp_path / "out",
+               "--steps", 2, "--batch-size", 6, "--samples", 0)
+    assert done.returncode == 0 and "skipped 1 without a preference" in done.stdout, done.stderr
+    assert all(shape in done.stdout for shape, *_ in SHAPED)
+    with_votes = [item for _, item, more in SHAPED if "votes" in more]
+    write_jsonl(tmp_path / "votes.jsonl", with_votes)
+    done = run("train.py", "--model", tmp_path / "model", "--data", tmp_path / "votes.jsonl", "--out", tmp_path / "votes",
+               "--dispersion", "votes", "--phi-star", 1, "--steps", 1, "--samples", 0)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "votes/dispersion.jsonl").read_text().splitlines()]
+    lam = {line["index"]: line["weight"] for line in lines}
+    want = [mallowspo.lam_of_votes(torch.tensor(more["votes"])).item() for _, _, more in SHAPED if "votes" in more]
+    assert [lam[i] for i in range(len(want))] == pytest.approx(want, rel=1e-5)
+
+
 def test_a_system_message_comes_first():
     record = parse({"system": "Be brief.", "question": "q", "chosen": "a", "rejected": "b"})
     assert [message["role"] for message in record.prompt] == ["system", "user"]
@@ -704,6 +729,13 @@ def test_a_system_message_comes_first():
 def test_shapes_that_are_wrong(item, words):
     with pytest.raises(BadData, match=re.escape(words)):
         parse(item)
+
+
+def test_what_is_missing_is_said_with_what_is_there():
+    with pytest.raises(BadData, match=re.escape("either (it has 'chosen', 'rejected', 'x')")):
+        parse({"chosen": "a", "rejected": "b", "x": 1})
+    with pytest.raises(BadData, match="under 'data': write that list alone"):
+        parse({"data": [GOOD]})
 
 
 def test_ties_are_passed_over_and_counted(tokenizer, tmp_path, capsys):
