@@ -701,8 +701,8 @@ def test_shapes_train(run, make_model, tmp_path):
     assert all(shape in done.stdout for shape, *_ in SHAPED)
     with_votes = [item for _, item, more in SHAPED if "votes" in more]
     write_jsonl(tmp_path / "votes.jsonl", with_votes)
-    done = run("train.py", "--model", tmp_path / "model", "--data", tmp_path / "votes.jsonl", "--out", tmp_path / "votes",
-               "--dispersion", "votes", "--phi-star", 1, "--steps", 1, "--samples", 0)
+    done = run("train.py", "--model", tmp_path / "model", "--data", tmp_path / "votes.jsonl", "--samples", 0,
+               "--out", tmp_path / "votes", "--dispersion", "votes", "--phi-star", 1, "--steps", 1)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "votes/dispersion.jsonl").read_text().splitlines()]
     lam = {line["index"]: line["weight"] for line in lines}

@@ -407,6 +407,19 @@ def test_sampled_tokens_after_a_resume(run, make_model, pairs, tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("loss", ["sampo", "bmc", "mrpo"])
+def test_two_processes_take_the_steps_of_one(run, make_model, pairs, tmp_path, loss):
+    flags = ["train.py", "--model", make_model(), "--data", pairs, "--steps", 3, "--batch-size", 10, "--samples", 0,
+             "--lr", 3e-6, "--loss", loss]
+    if loss == "mrpo":
+        flags += ["--references", make_model("llama-biased")]
+    for processes in (1, 2):
+        done = run(*flags, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0 and "WARNING" not in done.stdout, done.stderr
+    one, two = (train.Transformer.from_pretrained(tmp_path / name).state_dict() for name in ("1", "2"))
+    assert all((tensor - two[name]).abs().max() <= 1e-6 for name, tensor in one.items())
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--loss", "mrpo"], "--references is missing"),
     (["--loss", "sampo", "--references", "x"], "not together with --token-weights"),
