@@ -306,14 +306,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens so far, of one attention layer."""
-    k = v = None                                                     # (B, KV, S, D)
+    """Keys and values of the tokens so far, of one attention layer, with room for as many more."""
+    k = v = None                                                     # (B, KV, room, D)
+    used = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k, v
-        return k, v
+        """(B, KV, T, D) of new tokens -> (B, KV, S, D) of all."""
+        end = self.used + k.size(2)
+        if self.k is None or end > self.k.size(2):
+            wider = [x.new_empty(*x.shape[:2], 2 * end, x.size(3)) for x in (k, v)]
+            for new, old in zip(wider, (self.k, self.v) if self.used else ()):
+                new[:, :, :self.used] = old[:, :, :self.used]
+            self.k, self.v = wider
+        self.k[:, :, self.used:end] = k
+        self.v[:, :, self.used:end] = v
+        self.used = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 class Attention(nn.Module):
@@ -553,21 +564,24 @@ class Transformer(nn.Module):
         what follows it does not depend on the others."""
         device, last = self.embed.weight.device, self.config.positions - 1
         lengths, caches = [len(ids) for ids in prompts], [Cache() for _ in self.blocks]
-        longest, tokens = max(lengths), [0] * len(prompts)
+        longest, going = max(lengths), list(range(len(prompts)))     # those of whom there is more to come
         pad = torch.tensor([[longest - n] for n in lengths], device=device)                          # (B, 1)
         new = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)     # (B, T)
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
             at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
             segments = (at < 0) * BRANCHES if min(lengths) < longest else None      # padding: another group
             logits = self.predict(new, at.clamp(0, last), segments, caches).float().cpu()            # (B, V)
-            for i, token in enumerate(tokens):
-                if token is not None:
-                    token = sample(logits[i], temperature, top_p, generators and generators[i])
-                    tokens[i] = token if token not in stop and lengths[i] + step <= last else None
-            if all(token is None for token in tokens):
+            drawn = sample(logits, temperature, top_p, generators and [generators[i] for i in going])
+            found = {i: token for i, token in zip(going, drawn) if token not in stop and lengths[i] + step <= last}
+            if not found:
                 return
-            yield tokens.copy()
-            new = torch.tensor([[token or 0] for token in tokens], device=device)
+            yield [found.get(i) for i in range(len(prompts))]
+            rows = torch.tensor([row for row, i in enumerate(going) if i in found], device=device)
+            if len(rows) < len(going):                               # who has finished is computed no longer
+                pad, going = pad[rows], list(found)
+                for cache in caches:
+                    cache.keep(rows)
+            new = torch.tensor([[token] for token in found.values()], device=device)
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:
@@ -713,13 +727,24 @@ def fsync(path: Path) -> None:
         os.close(number)
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """One token id from (V,) logits; top_p keeps the fewest likeliest tokens whose probabilities reach it."""
+LIKELIEST = 256                 # tokens in which the drawn one nearly always is: they are sorted, not all
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator] | None) -> list[int]:
+    """A token id from each row of (B, V) logits; top_p keeps the fewest likeliest tokens whose probabilities reach it.
+    A row takes one random number of its own generator, and nothing of it depends on the other rows."""
     if temperature == 0:
-        return int(logits.argmax())
-    chances, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    chances[chances.cumsum(0) - chances >= top_p] = 0
-    return int(ids[torch.multinomial(chances, 1, generator=generator)])
+        return logits.argmax(-1).tolist()
+    drawn, chances = [], (logits / temperature).softmax(-1)                                  # (B, V)
+    top, ids = chances.topk(min(LIKELIEST, chances.size(1)))                                 # (B, 256), sorted
+    for row, (some, names) in enumerate(zip(top, ids)):
+        if some.sum() < top_p:
+            some, names = chances[row].sort(descending=True)
+        reach = some.cumsum(0)
+        reach = reach[:int((reach - some < top_p).sum())]            # (kept,) the running sum of those that are kept
+        point = torch.rand(1, generator=generators and generators[row]) * reach[-1]
+        drawn.append(int(names[torch.searchsorted(reach, point).clamp(max=len(reach) - 1)]))
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------

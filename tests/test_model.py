@@ -474,6 +474,24 @@ def test_a_stop_token_of_generation_config_must_be_one(make_model, tmp_path):
             Transformer.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("size, top_p", [(7, 0.8), (7, 1.0), (1000, 0.9), (1000, 1.0)])
+def test_sampling_follows_the_kept_probabilities(size, top_p):
+    """By hand: the fewest likeliest tokens that reach top_p, renormalised; also where more than 256 are needed."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    chances, ids = (logits / 0.7).softmax(-1).sort(descending=True)
+    count = int((chances.cumsum(0) - chances < top_p).sum())
+    want = torch.zeros(size).index_put((ids[:count],), chances[:count] / chances[:count].sum())
+    draws = 4000
+    generators = [torch.Generator().manual_seed(i) for i in range(draws)]
+    found = model_py.sample(logits.expand(draws, size), 0.7, top_p, generators)
+    rate = torch.bincount(torch.tensor(found), minlength=size) / draws
+    assert rate[want == 0].sum() == 0
+    assert ((rate - want).abs() < 5 * (want * (1 - want) / draws).sqrt() + 1e-3).all()
+    other = torch.stack([logits * 3, logits])                       # beside another row: the same token
+    pair = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(7)]
+    assert model_py.sample(other, 0.7, top_p, pair)[1] == found[7]
+
+
 def command_line(monkeypatch, capsys, *arguments):
     """(exit status, standard output, standard error) of model.py, in this process."""
     monkeypatch.setattr("sys.argv", ["model.py", *map(str, arguments)])
