@@ -13,7 +13,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import Transformer  # noqa: E402
+from model import Transformer
 
 
 def main():
