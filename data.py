@@ -833,10 +833,11 @@ def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tok
                  *settings) -> Dataset:
     """load_pairs(names, tokenizer, *settings), from the file `path` if that was made of the same; else that is written
     by write(path, content).  The last of the settings is `watch`, which changes nothing."""
-    files = [fetch(name) for name in names]
-    contents = []
+    files, contents = [fetch(name) for name in names], []
+    if not all(file.is_file() for file in files):      # nothing there, or a pipe, which can be read once
+        return load_pairs(list(names), tokenizer, *settings)
     for file in files:
-        with contextlib.suppress(OSError), open(file, "rb") as stream:       # load_pairs says what is wrong with it
+        with open(file, "rb") as stream:
             contents.append(hashlib.file_digest(stream, "sha256").hexdigest())
     key = f"{PAIRS_RULES} {[str(name) for name in names]} {contents} {tokenizer.digest} {settings[:-1]}"
     dataset = read_dataset(path, key)
