@@ -330,6 +330,8 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_parquet(path: Path) -> bool:
+    if not path.is_file():                                          # a pipe can be read once
+        return False
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(4) == b"PAR1"
     return False

@@ -140,6 +140,12 @@ def test_a_short_last_batch_over_more_processes_than_pairs(run, make_model, tmp_
     assert [r["step"] for r in rows_of(tmp_path / "1/metrics.jsonl")] == [0, 1, 2, 3]
 
 
+def test_pairs_come_through_a_pipe(make_model, pairs, tmp_path):
+    flags = ["--model", make_model(), "--data", "/dev/stdin", "--steps", "1", "--samples", "0", "--out", tmp_path]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], input=pairs.read_bytes(), capture_output=True)
+    assert done.returncode == 0 and not (tmp_path / "cache/data.safetensors").exists(), done.stderr
+
+
 def test_curves_and_progress(trained, run, make_model, pairs, held_out, tmp_path, monkeypatch):
     if importlib.util.find_spec("matplotlib"):
         assert (trained[0] / "curves.png").stat().st_size > 10_000
