@@ -573,6 +573,7 @@ class Tokenizer:
                 wanted += spelled
             elif spelled:
                 wanted += [spelled[0], *(self.anchor + whole[len(spelled[0]):] for whole in spelled[1:])]
+        wanted = list(dict.fromkeys(wanted))            # prompts that repeat, once
         with contextlib.suppress(BadData), complaint(""):
             found = self.backend.encode_batch_fast(wanted, add_special_tokens=False)
             self.known.update(zip(wanted, (each.ids for each in found)))
