@@ -1416,7 +1416,7 @@ def show(rows: list[dict], grid: Experiment) -> None:
             start = {key: row[key] for key in grid.down}
             line = lines.setdefault(tuple(start.values()), start)
             text = f"{row[grid.value]:.4g}"
-            if row.get(grid.se):
+            if row.get(grid.se, 0) > 1e-12:
                 text += f" +-{row[grid.se]:.2g}"
             line[row[grid.across]] = text
         rows = list(lines.values())

@@ -799,8 +799,8 @@ class Run:
                  "pairs_per_second": len(batch) / (now - began), "tokens_per_second": tokens / (now - began),
                  "memory_gib": peak_memory(self.world), "seconds": now - self.started}
         append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
-        drawn = method.token_weights != "equal" and method.alpha != 1    # else a policy that equals it has r(y) = 0
-        if step == 0 and method.link and method.alpha and not drawn:
+        known = method.token_weights == "equal" or method.alpha == 1      # (then all r(y) are 0, whatever the weights)
+        if step == 0 and method.link and method.alpha and known:
             self.check_first_loss(split, entry["loss"])
         if step % self.cfg.log_every == 0 or step + 1 == split.steps:
             left = int(entry["seconds"] / (step + 1) * (split.steps - step - 1))
