@@ -490,6 +490,8 @@ class Tokenizer:
             self.eos = self._find_eos(folder)
             added = self.backend.get_added_tokens_decoder()
             self.ends = {self.eos, *(i for i in added if added[i].content.strip())}  # a turn of a chat ends with one
+            marks = sorted((added[i].content for i in added if added[i].content.strip()), key=len, reverse=True)
+            self.mark = re.compile("|".join(map(re.escape, marks)) or "(?!)")
             added, plain = self.backend.encode("a").ids, self._encode("a")
             self.bos = next((added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain), None)
             if not plain or self.bos is None:
@@ -570,13 +572,17 @@ class Tokenizer:
         wanted = []
         for record, spelled in zip(records, texts):
             if spelled and isinstance(record.prompt, list):
-                wanted += spelled
+                cut = self._last_mark(spelled[0])
+                wanted += [spelled[0], *(text[cut:] for text in spelled)]
             elif spelled:
                 wanted += [spelled[0], *(self.anchor + whole[len(spelled[0]):] for whole in spelled[1:])]
         wanted = list(dict.fromkeys(wanted))            # prompts that repeat, once
         with contextlib.suppress(BadData), complaint(""):
             found = self.backend.encode_batch_fast(wanted, add_special_tokens=False)
             self.known.update(zip(wanted, (each.ids for each in found)))
+            for record, spelled in zip(records, texts):
+                if spelled and isinstance(record.prompt, list):
+                    self._join(*spelled)
         pairs = []
         for record, spelled in zip(records, texts):
             try:
@@ -585,6 +591,19 @@ class Tokenizer:
                 pairs.append(BadData(f"{error!s:.500}"))
         self.known.clear()
         return pairs
+
+    def _last_mark(self, start: str) -> int:
+        """Where the last added token of a rendered prompt ends: what stands there is encoded apart from the rest."""
+        return max((match.end() for match in self.mark.finditer(start)), default=0)
+
+    def _join(self, start: str, *wholes: str) -> None:
+        """The ids of a prompt with a response: the prompt's up to its last added token, and those of what follows, if
+        with the prompt alone that is true."""
+        cut = self._last_mark(start)
+        whole, behind = self.known[start], self.known[start[cut:]]
+        if cut and start[cut:].strip() and whole[len(whole) - len(behind):] == behind:
+            head = whole[:len(whole) - len(behind)]
+            self.known.update({text: head + self.known[text[cut:]] for text in wholes if text.startswith(start)})
 
     def _texts(self, record: Record, render) -> list[str]:
         """The text of the prompt, and those of the prompt with each response there is."""

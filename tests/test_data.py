@@ -3,6 +3,7 @@ import csv
 import gzip
 import http.server
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -238,6 +239,29 @@ def chat_model(tmp_path_factory):
             (folder / "chat_template.jinja").write_text(template)
         return Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     return make
+
+
+def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
+    """The texts are encoded in one go, the prompt's up to its last added token once: the same ids, the same words."""
+    answers = ["Sure.", " Sure", "\n\nthe end", "the", "<|im_end|> it", "\t", "a  b"]
+    chats = [parse({"prompt": chat, "chosen": one, "rejected": other}) for chat in CHATS + [say("a <start_of_turn>")]
+             for one, other in itertools.pairwise(answers)]
+    texts = [parse({"prompt": "the user" + end, "chosen": one, "rejected": other}) for end in ("", " ", "\n", "</s>")
+             for one, other in itertools.pairwise(answers)]
+
+    def alone(tokens, record):
+        try:
+            return tokens.pair(record)
+        except BadData as error:
+            return str(error)[:500]
+    models = [chat_model((TEMPLATES / f"{name}.jinja").read_text(), start)[0]
+              for name in TURN_ENDS for start in (False, True)]
+    models += [chat_model(end + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}" + end)[0]
+               for end in ("", "<s>", "<s> ")]
+    for ours in [*models, tokenizer]:
+        for records in (chats, texts, chats[:3] + texts[:3]):
+            found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records)]
+            assert found == [alone(ours, record) for record in records]
 
 
 @pytest.mark.parametrize("name", TURN_ENDS)
