@@ -96,14 +96,16 @@ class Record(NamedTuple):
 def _asked(record: dict, question: str, system: str | None = None, pair: list | None = None) -> dict:
     """A record of ours from a question, what a system message says, and both responses if they have other names."""
     chosen, rejected = pair or (record["chosen"], record["rejected"])
-    before = [{"role": "system", "content": system}] if system else []
+    before = [] if system in (None, "") else [{"role": "system", "content": system}]
     prompt = [*before, {"role": "user", "content": question}]
     return {**record, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _instruction(record: dict) -> str:
-    more = record.get("input")
-    return f"{record['instruction']}\n\n{more}" if more else record["instruction"]
+    parts = [record["instruction"], record.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise BadData(f"'instruction' is {_kind(parts[0])} and 'input' {_kind(parts[1])}, not texts")
+    return "\n\n".join(filter(None, parts))
 
 
 def _two(record: dict, name: str) -> list:
@@ -122,7 +124,7 @@ def _better(record: dict, label: str, columns: str) -> list:
 
 def _sharegpt(record: dict) -> dict:
     def message(part):
-        if not isinstance(part, dict) or not {"from", "value"} <= part.keys():
+        if not isinstance(part, dict) or not isinstance(part.get("from"), str) or "value" not in part:
             raise BadData(f"a message is {_kind(part)}, not one with 'from' and 'value'")
         return {"role": FROM.get(part["from"], part["from"]), "content": part["value"]}
     if not isinstance(record["conversations"], list):
@@ -134,7 +136,9 @@ def _sharegpt(record: dict) -> dict:
 def _helpsteer(record: dict) -> dict:
     """Preferences go from -3 (response1) to 3 (response2); those of single annotators are votes."""
     overall, people = record["overall_preference"], record["individual_preference"]
-    marks = [person.get("score") for person in people or () if isinstance(person, dict)]
+    if not isinstance(people, list | None) or not all(isinstance(person, dict) for person in people or ()):
+        raise BadData(f"'individual_preference' is {people!r:.50}, not a list of objects with 'score'")
+    marks = [person.get("score") for person in people or ()]
     if not all(type(mark) is int and -3 <= mark <= 3 for mark in [overall, *marks]):
         raise BadData(f"its preferences are {overall!r:.50} and {marks!r:.50}, not numbers from -3 to 3")
     if overall == 0:
@@ -170,7 +174,7 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
     shape, item = reshape({**item, **{ours: item[theirs] for ours, theirs in (columns or {}).items()}})
     names = ["chosen", "rejected"] if need_rejected or "rejected" in item else ["chosen"]
     found = f"(it has {', '.join(map(repr, item)) or 'nothing'})"
-    if isinstance(item.get("data"), list):
+    if isinstance(item.get("data"), list) and "chosen" not in item:
         raise BadData("holds its records under 'data': write that list alone, as a JSON array")
     if (missing := [name for name in ("prompt", *names) if name not in item]) not in ([], ["prompt"]):
         raise BadData(f"has no {missing[0]!r} {found}")

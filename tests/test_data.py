@@ -747,6 +747,14 @@ def test_a_system_message_comes_first():
     ({**STEER, "individual_preference": [{"score": "x"}]}, "not numbers from -3 to 3"),
     ({**STEER, "overall_preference": 0}, "no preference"), ({**PKU, "response_1": ""}, "'chosen' is empty"),
     ({"instruction": "a", "output": ["b"]}, "'output' is a list, not [chosen, rejected]"),
+    ({**STEER, "individual_preference": 3}, "'individual_preference' is 3, not a list of objects"),
+    ({**STEER, "individual_preference": [1]}, "not a list of objects"),
+    ({**SHARE, "conversations": [{"from": ["x"], "value": "a"}]}, "not one with 'from' and 'value'"),
+    ({"instruction": ["a"], "input": "b", "chosen": "c", "rejected": "d"}, "'instruction' is a list"),
+    ({"instruction": "a", "input": {}, "output": ["c", 4]}, "'rejected' is the number 4"),
+    ({"instruction": "a", "input": {"b": 1}, "chosen": "c", "rejected": "d"}, "'input' an object, not texts"),
+    ({"system": 0, "question": "a", "chosen": "c", "rejected": "d"}, "as content the number 0"),
+    ({**PKU, "better_response_id": [1]}, "neither 0 nor 1"),
     ({**SHARE, "chosen": "yes"}, "not one with 'from' and 'value'"), ({**SHARE, "conversations": "a"}, "is a string"),
     ({"system": "", "question": "a", "input": "b", "chosen": "c", "rejected": "d"}, "of Orca and of argilla's Orca"),
     ({"question": "a", "response_j": 3, "response_k": "b"}, "'chosen' is the number 3")])
@@ -760,6 +768,7 @@ def test_what_is_missing_is_said_with_what_is_there():
         parse({"chosen": "a", "rejected": "b", "x": 1})
     with pytest.raises(BadData, match="under 'data': write that list alone"):
         parse({"data": [GOOD]})
+    assert parse({**GOOD, "data": [1]}) == parse(GOOD)                           # a column of that name is no harm
 
 
 def test_ties_are_passed_over_and_counted(tokenizer, tmp_path, capsys):
