@@ -1281,8 +1281,10 @@ def deferred_signals():
 
     def note(number, frame):
         signals.append(number)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once", flush=True)
+        if int(os.environ.get("RANK", 0)) == 0:                    # not print: it may have been interrupted itself
+            said = f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once\n"
+            with contextlib.suppress(OSError):
+                os.write(1, said.encode())
         if signals.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt(number)
     former = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]

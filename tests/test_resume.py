@@ -360,8 +360,9 @@ def start(make_model, pairs, out, *flags, torchrun=()):
 def test_signals(make_model, pairs, tmp_path, number, status):
     run = start(make_model, pairs, tmp_path / "out")
     run.send_signal(number)
-    error = run.communicate(timeout=60)[1]
+    said, error = run.communicate(timeout=60)
     found, = checkpoints(tmp_path / "out")
+    assert f"{number.name}: stopping after this step" in said
     assert run.returncode == status and f"{number.name}; --resume continues from {found}" in error
     assert len(error.splitlines()) == 1 and whole(found)
     assert len(rows_of(tmp_path / "out/metrics.jsonl")) == int(found.name[5:])
