@@ -1428,12 +1428,18 @@ def show(rows: list[dict], grid: Experiment) -> None:
         print("  " + "  ".join(text.rjust(width) for text, width in zip(line, widths)))
 
 
+@functools.cache
+def say_no_picture() -> None:
+    """Once is enough."""
+    print("no pictures: for those, pip install matplotlib")
+
+
 def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
     """Save the picture, if matplotlib is there."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("  no picture: for those, pip install matplotlib")
+        say_no_picture()
         return
     width, dpi = (6.2, 80) if len(panels) == 1 else (5.2 * len(panels), 72)
     figure = Figure(figsize=(width, 4.6), layout="constrained")

@@ -263,7 +263,8 @@ def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -
         return
     logps = [[each.ref_logp.cpu()] for each in splits]
     for number, name in enumerate(cfg.references, 2):
-        other, file = open_model(cfg, name, world), path.with_name(f"{path.stem}-{number}{path.suffix}")
+        other = open_model(cfg, world.on_rank0(find_model, name), world)
+        file = path.with_name(f"{path.stem}-{number}{path.suffix}")
         scores = score_reference(other, file, fingerprint(other, world), splits, world)
         del other                                                  # its memory is the next one's
         for each, found in zip(splits, logps):
@@ -626,9 +627,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl{skipped}")
 
 
-def open_model(cfg: Config, name: str, world: World) -> Transformer:
-    """A folder, or owner/name on the hub, as a model on this device."""
-    folder = world.on_rank0(find_model, name)                      # the first rank fetches what is on the hub
+def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
+    """A folder as a model on this device."""
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
         dtype = world.dtype                                        # frozen weights need no more than that
@@ -638,7 +638,8 @@ def open_model(cfg: Config, name: str, world: World) -> Transformer:
 
 def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
     """The model as it will be trained, and its tokenizer.  Raises BadConfig, BadModel or BadData."""
-    model, tokenizer = open_model(cfg, cfg.model, world), Tokenizer(find_model(cfg.model))
+    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
+    model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
     for name in cfg.references or ():
         other = Tokenizer(world.on_rank0(find_model, name))
         refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
