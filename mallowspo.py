@@ -71,10 +71,10 @@ class Method(NamedTuple):
 
 
 LOSSES = {
-    # The papers stand beside the LINKS, or here by arXiv number.  Defaults are the authors' where they are known; those
-    # of focalpo and hpo are guesses.  IPO averages over tokens, as its authors confirmed; the hinge keeps the
-    # reference, as in TRL; RainbowPO's margin is (1 - alpha) * 0.1.  (ORPO is missing: its log p - log(1 - p) is no
-    # difference of log-probabilities.)
+    # The papers stand beside the LINKS, or here by arXiv number.  Defaults are the authors' where they are known; that
+    # of r-dpo is from SamPO's code, those of focalpo and hpo are guesses.  IPO averages over tokens, as its authors
+    # confirmed; the hinge keeps the reference, as in TRL; RainbowPO's margin is (1 - alpha) * 0.1.  (ORPO is missing:
+    # its log p - log(1 - p) is no difference of log-probabilities.)
     "dpo":           Method("sigmoid"),
     "cdpo":          Method("sigmoid", smoothing=0.1),                                  # Mitchell 2023, a note
     "robust":        Method("sigmoid", smoothing=0.1, unbiased=True),                   # 2403.00409

@@ -258,7 +258,8 @@ def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: 
 
 
 def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -> None:
-    """With --references: each of them scores the pairs too, one after the other, each into a file of its own."""
+    """With --references: each of them scores the pairs too, each into a file of its own.  One at a time it is in memory
+    beside the policy, which has neither gradients nor an optimiser yet."""
     if not cfg.references:
         return
     logps = [[each.ref_logp.cpu()] for each in splits]
@@ -377,7 +378,7 @@ class Config:
     eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
     out: str = flag("out", "folder for the model and all records")
     reference: str | None = flag(None, "file for the reference's scores (default: OUT/cache/reference.safetensors)")
-    references: tuple[str, ...] | None = flag(None, "further references beside --model, folders, for their mean (MRPO)")
+    references: tuple[str, ...] | None = flag(None, "further references, folders, for their mean with --model (MRPO)")
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags to --reference-clip change it")
     dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
     beta: float | None = flag(None, "pull to the reference")
