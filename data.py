@@ -353,11 +353,19 @@ def _parquet_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
         raise BadData(f"{name}: the Parquet file is broken ({' '.join(str(error).split()):.300})") from None
 
 
+def _short_lines(file) -> Iterator[str]:
+    for line in iter(lambda: file.readline(LONGEST[0] + 1), ""):
+        if len(line) > LONGEST[0]:
+            raise csv.Error(f"a line longer than {LONGEST[0]:,} characters")
+        yield line
+
+
 def _csv_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
     """Rows by the header's names; what is not text there is written as in JSON."""
+    csv.field_size_limit(LONGEST[0])
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
+            rows = csv.DictReader(_short_lines(file), strict=True)
             for row in rows:
                 if None in row or None in row.values():
                     raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
@@ -834,7 +842,8 @@ def write_dataset(dataset: Dataset, key: str) -> bytes:
 def _checksum(tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in ("ids", "lengths", "facts"):
-        digest.update(tensors[name].dtype.str.encode() + np.ascontiguousarray(tensors[name]).data)
+        digest.update(tensors[name].dtype.str.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
     return digest.hexdigest()
 
 

@@ -706,7 +706,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     plan = cfg.batch_size, cfg.seed, cfg.tokens_per_row, ROW_TOKENS[world.device.type, cfg.compile], world.device
     split = Split.plan(pairs, *plan)
     split.steps = cfg.steps or (cfg.epochs or 1) * split.steps
-    settings = ", ".join(f"{name} {value}" for name, value in telling_settings(cfg.method).items())
+    settings = ", ".join(f"{name} {value}" for name, value in shown_settings(cfg.method).items())
     world.say(f"method      {cfg.loss}: {settings}\n"
               f"plan        {split.steps} steps of {min(cfg.batch_size, len(split.pairs))} pairs, "
               f"{split.steps / split.schedule.steps_per_epoch:.2f} epochs; rows of at most "
@@ -715,7 +715,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     return [split, Split.plan(held_out, *plan)] if held_out else [split]
 
 
-def telling_settings(method: Method) -> dict:
+def shown_settings(method: Method) -> dict:
     """The columns of a method that are not neutral, and those that are always asked for."""
     neutral = Method._field_defaults
     return {name: value for name, value in method._asdict().items()
@@ -1250,7 +1250,7 @@ def model_card(cfg: Config, record: dict, split: Split) -> str:
     held_out = ", ".join(f"{name} {figures[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in figures)
     folder = "" if cfg.merge or not cfg.lora_rank else "/adapter"
     library = "peft" if folder else "transformers"
-    settings = "\n".join(f"| {name} | {value} |" for name, value in telling_settings(cfg.method).items())
+    settings = "\n".join(f"| {name} | {value} |" for name, value in shown_settings(cfg.method).items())
     meaning = record["trust"]["meaning"] if record["trust"] else "there was no dispersion index"
     return f"""---
 base_model: {json.dumps(cfg.model)}

@@ -821,6 +821,21 @@ def test_csv_and_parquet_are_read_as_json_lines_are(tokenizer, tmp_path):
         load_pairs(tmp_path, tokenizer, 50)
 
 
+def test_long_fields_of_csv(tokenizer, tmp_path):
+    long = {**GOOD, "note": "x" * 300_000}                          # more than the csv module takes by itself
+    with open(tmp_path / "f.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, long)
+        writer.writeheader()
+        writer.writerow(long)
+    assert len(load_pairs(tmp_path / "f.csv", tokenizer, 50).pairs) == 1
+    (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" + b"x" * 10 ** 8))
+    tracemalloc.start()
+    with pytest.raises(BadData, match=r"bomb.csv.gz: not a CSV file \(a line longer than 4,194,304 characters"):
+        load_pairs(tmp_path / "bomb.csv.gz", tokenizer, 50)
+    assert tracemalloc.get_traced_memory()[1] < 5e7
+    tracemalloc.stop()
+
+
 def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
     """200 times a bit of it is flipped, or its end is cut off: it is made again, or was as before."""
     rows = [{**GOOD, "chosen": f" yes {i}", "votes": [i + 1, 0], "scores": [i, 0.5]} for i in range(20)]
