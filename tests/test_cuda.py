@@ -65,9 +65,9 @@ def planned(pairs, batch_size, tokens_per_row):
     return Split.plan(pairs, batch_size, 0, tokens_per_row, 0, DEVICE)
 
 
-def started(model, world, folder):
+def started(model, world, folder, loss="mallows-theta"):
     state = {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": {"dispersion_power": 0.0}}
-    return train.Run(Config(out=str(folder)), model, world, state, [])
+    return train.Run(Config(out=str(folder), loss=loss), model, world, state, [])
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,9 @@ def test_the_cpu_agrees(compiled):
 @pytest.mark.parametrize("flags", [
     [], ["--compile"], ["--dtype", "float32"], ["--dtype", "float32", "--compile"], ["--dtype", "float16"],
     ["--lora-rank", "4", "--merge"], ["--lora-rank", "4", "--compile"], ["--param-dtype", "bfloat16"],
-    ["--param-dtype", "bfloat16", "--compile", "--checkpoint-activations"]], ids=" ".join)
+    ["--param-dtype", "bfloat16", "--compile", "--checkpoint-activations"],
+    ["--loss", "sampo", "--dispersion", "entropy", "--dispersion-power", "learn"],
+    ["--loss", "decay-dpo", "--compile"]], ids=" ".join)
 def test_runs_begin_at_the_reference_and_end(make_model, pairs, tmp_path, capsys, flags):
     """(The reference pass compiles blocks without gradients: other kernels, which may round otherwise.)"""
     train.main(["--model", str(make_model("mistral")), "--data", str(pairs), "--out", str(tmp_path / "out"),
@@ -157,6 +159,16 @@ def test_runs_begin_at_the_reference_and_end(make_model, pairs, tmp_path, capsys
     assert "saved" in capsys.readouterr().out
 
 
+def test_a_mean_of_references(make_model, pairs, tmp_path, capsys):
+    """With the policy's own reference as the second one it is DPO."""
+    model = str(make_model("mistral"))
+    train.main(["--model", model, "--references", model, "--loss", "mrpo", "--data", str(pairs),
+                "--out", str(tmp_path / "out"), "--steps", "2", "--batch-size", "16", "--lr", "1e-4",
+                "--device", DEVICE.type])
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=2e-3) and "WARNING" not in capsys.readouterr().out
+
+
 class Impatient(World):
     """Until it asks for the sum over ranks, at the end of a step, waiting for the device is an error."""
 
@@ -167,20 +179,25 @@ class Impatient(World):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_row_waits_for_the_device(compiled, dtype, tmp_path):
+@pytest.mark.parametrize("loss", ["mallows-theta", "decay-dpo", "sampo", "bmc", "mallows-phi"])
+def test_no_row_waits_for_the_device(loss, compiled, dtype, tmp_path):
+    if loss != "mallows-theta" and (compiled or dtype == torch.float32):
+        pytest.skip("what differs between the losses is neither compiled nor in another precision")
     model, world = make(KINDS["window"]), Impatient(0, 1, DEVICE, dtype)
     model.checkpointed = compiled
     if compiled:
         model.compile_blocks()
     part = planned(some_pairs(24, 5, 100), 24, 700)
-    run = started(model, world, tmp_path)
+    part.ref_tokens = {i: np.full(len(pair.chosen) + len(pair.rejected), -8, np.float32)
+                       for i, pair in enumerate(part.pairs)}
+    run = started(model, world, tmp_path, loss)
     assert len(part.schedule.rows(0)) > 5
     for mode in ("default", "error"):                       # the first time, libraries are loaded, code is compiled
         torch.cuda.set_sync_debug_mode(mode)
-        figures, stop = train.train_step(run, part, 0)
+        figures, _, stop = train.train_step(run, part, 0)
         assert math.isfinite(figures["loss"]) and not stop and not run.state["skipped"]
         torch.cuda.set_sync_debug_mode(mode)
-        train.evaluate(model, Config().method, part, world)
+        train.evaluate(model, run.cfg.method, part, world)
     assert torch.cuda.get_sync_debug_mode() == 0
 
 
