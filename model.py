@@ -736,6 +736,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
     if temperature == 0:
         return logits.argmax(-1).tolist()
     drawn, chances = [], (logits / temperature).softmax(-1)                                  # (B, V)
+    if top_p >= 1:                                                   # all are kept: their order does not matter
+        reach = chances.cumsum(-1)
+        points = [torch.rand(1, generator=generators and generators[row]) for row in range(len(chances))]
+        places = torch.searchsorted(reach, torch.stack(points) * reach[:, -1:])                  # (B, 1)
+        return places.clamp(max=chances.size(1) - 1).flatten().tolist()
     top, ids = chances.topk(min(LIKELIEST, chances.size(1)))                                 # (B, 256), sorted
     for row, (some, names) in enumerate(zip(top, ids)):
         if some.sum() < top_p:

@@ -9,7 +9,8 @@ import traceback
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"                 # its threads do not survive a fork
-if not any("test_cuda" in word for word in sys.argv):         # the other tests are of the CPU, where there is a GPU too
+# The other tests are of the CPU, where there is a GPU too.  (Workers of pytest-xdist are told by who starts them.)
+if not any("test_cuda" in word for word in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
