@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -228,15 +229,34 @@ RECORD_PHI = {"field": ("dispersion", lambda phi, training: phi),
               "scores": ("scores", mallowspo.phi_of_scores)}
 
 
-def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: dict, world: World) -> None:
-    """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on."""
+def scores_file(cfg: Config) -> Path:
+    return Path(cfg.reference or Path(cfg.out) / "cache/reference.safetensors")
+
+
+def score_others(cfg: Config, splits: list[Split], world: World) -> list[list[Tensor]]:
+    """What each of --references says of each split (P, 2), kept in a file of its own; one model at a time."""
+    found, path = [], scores_file(cfg)
+    for number, name in enumerate(cfg.references, 2):
+        model = open_model(cfg, world.on_rank0(find_model, name), world)
+        file = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        scores = score_reference(model, file, fingerprint(model, world), splits, world)
+        found.append([each.sum_scores(scores)[0].to(each.ref_logp) for each in splits])
+        del model                                                  # before the next one is opened
+    return found
+
+
+def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], others: list[list[Tensor]], state: dict,
+                   world: World) -> None:
+    """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on.  others: as
+    score_others has them."""
     method = cfg.method
     if method.link and (method.alpha or method.dispersion == "entropy"):
-        path = Path(cfg.reference or Path(cfg.out) / "cache/reference.safetensors")
-        scores = score_reference(model, path, state["run"]["model_sha256"], splits, world)
+        scores = score_reference(model, scores_file(cfg), state["run"]["model_sha256"], splits, world)
         for each in splits:
             each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
-        mix_references(cfg, splits, path, world)
+    for number, each in enumerate(splits if others else ()):
+        logps = torch.stack([each.ref_logp, *(found[number] for found in others)])                # (K, P, 2)
+        each.ref_logp = mallowspo.mixed_reference(method, logps).to(each.ref_logp)
     if method.advantage:
         for each in splits:
             rewards = torch.tensor([pair.rewards for pair in each.pairs])
@@ -255,23 +275,6 @@ def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: 
     world.say(f"dispersion  power {state['run']['dispersion_power']:.2f}{learned}; phi_star "
               f"{state['run']['phi_star']:.4f} ({how}), weights {weight.min():.2f} to {weight.max():.2f}, mean "
               f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
-
-
-def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -> None:
-    """With --references: each of them scores the pairs too, each into a file of its own.  One at a time it is in memory
-    beside the policy, which has neither gradients nor an optimiser yet."""
-    if not cfg.references:
-        return
-    logps = [[each.ref_logp.cpu()] for each in splits]
-    for number, name in enumerate(cfg.references, 2):
-        other = open_model(cfg, world.on_rank0(find_model, name), world)
-        file = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        scores = score_reference(other, file, fingerprint(other, world), splits, world)
-        del other                                                  # its memory is the next one's
-        for each, found in zip(splits, logps):
-            found.append(each.sum_scores(scores)[0].to(found[0]))
-    for each, found in zip(splits, logps):
-        each.ref_logp = mallowspo.mixed_reference(cfg.method, torch.stack(found)).to(each.ref_logp)
 
 
 def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
@@ -574,7 +577,9 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     """Everything from a folder and a file to a trained folder; on_step as in `train`."""
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    model, tokenizer = load_model(cfg, world)
+    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
+    model, tokenizer = open_policy(cfg, folder, world), Tokenizer(folder)
+    check_model(cfg, model, tokenizer, world)
     splits = load_splits(cfg, model, tokenizer, world)
     split = splits[0]
     measure_memory(cfg, model, split, world)
@@ -596,7 +601,12 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        prompt_weights(cfg, model, splits, state, world)
+        others = []
+        if cfg.references:
+            model = None                                           # one model at a time is in memory
+            others = score_others(cfg, splits, world)
+            model = open_policy(cfg, folder, world)
+        prompt_weights(cfg, model, splits, others, state, world)
         if world.rank == 0:
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
             write_json(out / "run.json", record)
@@ -630,6 +640,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
     """A folder as a model on this device."""
+    gc.collect()                                                   # one that was let go may hang together in a circle
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
         dtype = world.dtype                                        # frozen weights need no more than that
@@ -637,14 +648,9 @@ def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
     return Transformer.from_pretrained(folder, world.device, dtype, shard)
 
 
-def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
-    """The model as it will be trained, and its tokenizer.  Raises BadConfig, BadModel or BadData."""
-    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
-    model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
-    for name in cfg.references or ():
-        other = Tokenizer(world.on_rank0(find_model, name))
-        refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
-               f"--references {name}: its tokens are not those of --model {cfg.model}")
+def open_policy(cfg: Config, folder: Path, world: World) -> Transformer:
+    """The model as it will be trained."""
+    model = open_model(cfg, folder, world)
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -654,6 +660,15 @@ def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
     except (RuntimeError, OSError) as error:
         raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
                         f"{' '.join(str(error).split()):.300}; install it, or go without") from None
+    return model
+
+
+def check_model(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
+    """Say what the model is.  Raises BadConfig if it does not go with the tokenizer, --references or --out."""
+    for name in cfg.references or ():
+        other = Tokenizer(world.on_rank0(find_model, name))
+        refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
+               f"--references {name}: its tokens are not those of --model {cfg.model}")
     own = [file for file, _ in model.origin.tensors.values()]
     others = [path.name for path in sorted(Path(cfg.out).glob("model*.safetensors")) if path.name not in own]
     refuse(others, f"--out {cfg.out} holds weights of another model ({', '.join(others)}); choose another folder")
@@ -665,7 +680,6 @@ def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
               f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}")
     for note in model.notes:
         world.say(f"note        {note}")
-    return model, tokenizer
 
 
 # The default of --tokens-per-row: without --compile a GPU's attention is dense, with a mask of row x row.
