@@ -793,8 +793,8 @@ class Run:
             what = f"the {part} is not finite; look at --lr, --beta, and {', '.join(where[:8])}{more}"
             skipped.append(step)
             if self.cfg.on_nonfinite == "stop" or skipped[-IN_A_ROW:] == list(range(step - IN_A_ROW + 1, step + 1)):
-                raise RunFailed(f"step {step}: {what}")
-            self.world.say(f"step {step:>5}  skipped: {what}")
+                raise RunFailed(f"step {step + 1}: {what}")
+            self.world.say(f"step {step + 1:>5}  skipped: {what}")
         else:
             self.scaler.step(self.optimizer, ((norm + 1e-6) / self.cfg.clip).clamp(min=1))
         self.scaler.update()
@@ -818,10 +818,11 @@ class Run:
         known = method.token_weights == "equal" or method.alpha == 1      # (then all r(y) are 0, whatever the weights)
         if step == 0 and method.link and method.alpha and known:
             self.check_first_loss(split, entry["loss"])
-        if step % self.cfg.log_every == 0 or step + 1 == split.steps:
-            left = int(entry["seconds"] / (step + 1) * (split.steps - step - 1))
+        done = step + 1                                           # what is told counts the steps that are finished
+        if done % self.cfg.log_every == 0 or done in (1, split.steps):
+            left = int(entry["seconds"] / done * (split.steps - done))
             shown = f"accuracy {entry['accuracy']:.3f}  margin {entry['margin']:+.4f}  " if method.link else ""
-            self.world.say(f"step {step:>5}/{split.steps}  loss {entry['loss']:.4f}  {shown}lr {entry['lr']:.1e}  "
+            self.world.say(f"step {done:>5}/{split.steps}  loss {entry['loss']:.4f}  {shown}lr {entry['lr']:.1e}  "
                            f"{entry['pairs_per_second']:.1f} pairs/s  {entry['tokens_per_second']:,.0f} tok/s  "
                            f"{entry['memory_gib']:.1f} GiB  left {left // 60}:{left % 60:02}")
 
@@ -1202,7 +1203,7 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     finished = state.get("finished")
     if not found and not (cfg.resume and finished):
         why = "; there is no checkpoint" if cfg.resume else "; in place of the finished run" if finished else ""
-        print(f"start       at step 0{why}")
+        print(f"start       with step 1{why}")
         write_json(out / "run.json", record)                       # from now on the folder is this run's
         return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
     wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
@@ -1221,7 +1222,7 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     for name in there | state["sha256"]:                           # what is there, and nothing else
         refuse(name not in there or sha256(there[name]) != state["sha256"].get(name),
                f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
-    print(f"start       at step {state['step']}, from {found[0]}")
+    print(f"start       after step {state['step']}, from {found[0]}")
     return {**state, "run": record}
 
 
@@ -1252,7 +1253,7 @@ def draw_curves(out: Path) -> None:
                      for panel, curve, value in shown if value is not None]
     titles = {**dict.fromkeys(CURVES, ""), "quartiles": "held out; 1: least agreement"}
     panels = [Panel("step", "value", "curve", {row["curve"]: row["curve"] for row in rows if row["panel"] == name},
-                    "step", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
+                    "finished steps", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
               for name, title in titles.items() if any(row["panel"] == name for row in rows)]
     draw(rows, panels, out / "curves.png")
 

@@ -3,6 +3,7 @@ import builtins
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,13 +69,23 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
     with open(tmp_path / "out/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')              # as a run that was killed leaves them
     job(model=model, resume=True)
-    assert "start       at step 4" in capsys.readouterr().out
+    assert "start       after step 4" in capsys.readouterr().out
     same(tmp_path / "whole", tmp_path / "out")
     assert [row["step"] for row in rows_of(tmp_path / "out/metrics.jsonl")] == list(range(6))
     assert [row["step"] for row in rows_of(tmp_path / "out/evaluations.jsonl")] == [0, 2, 4, 6]
     assert not (tmp_path / "out/checkpoint").exists()
     job(model=model, resume=True)
     assert "there is nothing to do" in capsys.readouterr().out
+
+
+def test_a_step_has_one_number(job, capsys):
+    """The third one is 3 where it is done, where it is kept, where it is evaluated, and where the run goes on."""
+    job(stop_at=2, log_every=1, eval_every=3)
+    job(resume=True, log_every=1, eval_every=3)
+    said = re.findall(r"^(?:step +\d+(?:/6|  held out)|start +\w+ step \d+)", capsys.readouterr().out, re.MULTILINE)
+    assert [re.sub(" +", " ", words) for words in said] == [
+        "start with step 1", "step 0 held out", "step 1/6", "step 2/6", "step 3/6", "start after step 3",
+        "step 3 held out", "step 4/6", "step 5/6", "step 6/6", "step 6 held out"]
 
 
 def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
@@ -258,13 +269,13 @@ def spoil(monkeypatch, steps, how):
     ("gradient", lambda loss: loss + (loss - loss.detach()).abs().sqrt())])       # 0, and its slope is nan
 def test_bad_numbers(job, pairs, tmp_path, monkeypatch, capsys, what, how):
     spoil(monkeypatch, {3}, how)
-    with pytest.raises(RunFailed, match=f"step 3: the {what} is not finite; .*{pairs}:[0-9]+") as error:
+    with pytest.raises(RunFailed, match=f"step 4: the {what} is not finite; .*{pairs}:[0-9]+") as error:
         job(save_every=2)
     assert (str(error.value).count(str(pairs)) == 1) == (what == "loss")        # it knows which pair
     out, = [path.parent.parent for path in checkpoints(tmp_path / "out")]
     assert all(p.isfinite().all() for p in load_file(checkpoints(out)[0] / "state.safetensors").values())
     job(resume=True, on_nonfinite="skip")
-    assert f"step     3  skipped: the {what} is not finite" in (said := capsys.readouterr().out)
+    assert f"step     4  skipped: the {what} is not finite" in (said := capsys.readouterr().out)
     assert "1 steps were skipped" in said and json.loads((out / "run.json").read_text())["skipped"] == [3]
     text = (out / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -275,7 +286,7 @@ def test_bad_numbers(job, pairs, tmp_path, monkeypatch, capsys, what, how):
 def test_skipping_ends_after_so_many_in_a_row(job, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "IN_A_ROW", 3)
     spoil(monkeypatch, {1, 2, 4, 5, 6}, lambda loss: loss * math.nan)
-    with pytest.raises(RunFailed, match="step 6: the loss is not finite"):
+    with pytest.raises(RunFailed, match="step 7: the loss is not finite"):
         job(steps=9, on_nonfinite="skip", save_every=0)
     assert len(rows_of(tmp_path / "out/metrics.jsonl")) == 6
 

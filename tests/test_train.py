@@ -49,7 +49,7 @@ def test_first_step_is_the_reference(trained):
     first = rows_of(trained[0] / "metrics.jsonl")[0]
     assert first["step"] == 0 and first["accuracy"] == 0.5 and first["margin"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert "loss 0.6931  accuracy 0.500" in trained[1]
+    assert "step     1/3  loss 0.6931  accuracy 0.500" in trained[1]
     assert "first loss is 0.693147; of a policy that equals its reference it is 0.693147" in trained[1]
 
 
@@ -166,7 +166,7 @@ def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
     assert (out / "cache/reference.safetensors").stat().st_mtime_ns == before
     same_run(trained[0], out, exactly=True)
     longer = run("train.py", "--config", out / "run.json", "--out", out, "--steps", 4, "--loss", "dpo")
-    assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 3 adds
+    assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 4 adds
     shorter = run("train.py", "--config", out / "run.json", "--out", out, "--loss", "mallows-theta", "--steps", 3)
     assert shorter.returncode == 0, shorter.stderr
     same_run(trained[0], out, exactly=True)
