@@ -2,6 +2,7 @@
 import builtins
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -86,6 +87,22 @@ def test_a_step_has_one_number(job, capsys):
     assert [re.sub(" +", " ", words) for words in said] == [
         "start with step 1", "step 0 held out", "step 1/6", "step 2/6", "step 3/6", "start after step 3",
         "step 3 held out", "step 4/6", "step 5/6", "step 6/6", "step 6 held out"]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process stays here")
+def test_the_memory_of_loading_is_not_that_of_the_steps(job, monkeypatch, tmp_path):
+    load, peaks = train.load_checkpoint, []
+
+    def greedy(*arguments):
+        with mmap.mmap(-1, 1 << 29) as half_a_gib:
+            for place in range(0, 1 << 29, 4096):
+                half_a_gib[place] = 1
+        load(*arguments)
+        peaks.append(train.peak_memory(ALONE))
+    monkeypatch.setattr(train, "load_checkpoint", greedy)
+    job(stop_at=2)
+    job(resume=True)
+    assert rows_of(tmp_path / "out/metrics.jsonl")[-1]["memory_gib"] < peaks[0] - 0.3
 
 
 def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
