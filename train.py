@@ -283,24 +283,26 @@ def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
     power, seen = cfg.power, splits[0].index[splits[0].visited()]
     if power == "learn":
         low, high = mallowspo.POWERS
-        power = min(max(mallowspo.fit_trust(*first_visits(splits[0], state)).kappa, low), high)
+        agrees, met = first_visits(splits[0], state)
+        power = min(max(mallowspo.fit_trust(agrees, splits[0].index[met]).kappa, low), high)
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, power)
     for each in splits:
         each.weight = mallowspo.dispersion_weight(each.index, phi_star, power).to(each.weight.device)
     state["run"].update(dispersion_power=power, phi_star=phi_star)
 
 
-def first_visits(split: Split, state: dict) -> tuple[Tensor, Tensor]:
-    """Of the pairs that were visited after step 0, in order: whether the policy got them right when it met them, which
-    is what fit_trust asks, and their index."""
+def first_visits(split: Split, state: dict) -> tuple[Tensor, list[int]]:
+    """Of the pairs that were visited after step 0, in order: whether the policy got each right when it met it for the
+    first time (1; 1/2: a tie; 0), which is what fit_trust asks, and its number."""
     order = [i for step in split.first_epoch()[1:] for i in split.schedule.batch(step)]
     agrees = torch.tensor(state["agrees"][:len(order)])
-    return agrees, split.index[order[:len(agrees)]]
+    return agrees, order[:len(agrees)]
 
 
 def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
     """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
-    agrees, index = first_visits(split, state)
+    agrees, met = first_visits(split, state)
+    index = split.index[met]
     if not len(agrees) or index.isnan().all():
         return None
     found, quarters = mallowspo.fit_trust(agrees, index), mallowspo.accuracy_by_quartile(agrees, index)
@@ -322,13 +324,16 @@ def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
                        f"quartile of the index, least agreement first, {right}; {used}"}
 
 
-def dispersion_entries(method: Method, split: Split):
+def dispersion_entries(method: Method, split: Split, state: dict):
     """What became of the dispersion of every pair that is visited, for dispersion.jsonl."""
+    agrees, met = first_visits(split, state)
+    right = dict(zip(met, agrees.tolist()))
     phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight))
     index, weight, phi = split.index.tolist(), split.weight.tolist(), phi.tolist()
     for i in split.visited():
         if not math.isnan(index[i]):
-            yield {"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "where": split.pairs[i].where}
+            yield {"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "agrees": right.get(i),
+                   "where": split.pairs[i].where}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -608,7 +613,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
             model = open_policy(cfg, folder, world)
         prompt_weights(cfg, model, splits, others, state, world)
         if world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
             write_json(out / "run.json", record)
         asked = splits[-1].pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
@@ -621,8 +626,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
                 {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
                 for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
         save_weights(cfg, model, out, world)
-        if cfg.power == "learn" and world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
+        if world.rank == 0:
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
         record["trust"] = verdict(cfg, split, state)
         if record["trust"]:
             world.say(f"verdict     {record['trust']['meaning']}")

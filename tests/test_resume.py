@@ -109,6 +109,7 @@ def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
     flags = dict(batch_size=4, dispersion_power="learn", dispersion="field", lr=5e-3)      # ten steps in an epoch
     job(out=str(tmp_path / "whole"), **flags, steps=12)
     job(stop_at=2, **flags, steps=12)
+    assert {row["agrees"] for row in rows_of(tmp_path / "out/dispersion.jsonl")} == {None}      # until the end
     agrees = json.loads((checkpoints(tmp_path / "out")[0] / "state.json").read_text())["agrees"]
     job(resume=True, **flags, steps=12)
     same(tmp_path / "whole", tmp_path / "out")
@@ -118,6 +119,8 @@ def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
     index = [row["entropy"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]
     met = [i for step in (1, 2) for i in Schedule([1] * 40, 4, 0, 99).batch(step)]
     kappa = mallowspo.fit_trust(torch.tensor(agrees), torch.tensor([index[i] for i in met])).kappa
+    found = {row["index"]: row["agrees"] for row in rows_of(tmp_path / "out/dispersion.jsonl")}
+    assert [found[i] for i in met] == agrees
     assert powers[:2] == [0, 0] and 0 < powers[3] == pytest.approx(kappa) and powers[2] != powers[3]
     assert powers[10] == powers[11] == one["dispersion_power"] == min(max(one["trust"]["kappa"], 0), 8)
     weights = [row["weight"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import mallowspo
 import train
-from data import Split, Tokenizer, load_pairs
+from data import Schedule, Split, Tokenizer, load_pairs
 from mallowspo import LOSSES
 from model import Transformer, add_lora
 from train import Config, write_jsonl
@@ -67,6 +67,11 @@ def test_records(trained, pairs):
     for row in found:
         assert row["phi"] == pytest.approx(math.exp(-row["weight"] / 2), rel=1e-5) and 0 < row["entropy"] < 1
         assert row["where"] == f"{pairs}:{row['index'] + 1}"
+    agrees, schedule = {row["index"]: row["agrees"] for row in found}, Schedule([1] * 50, 16, 0, 99)
+    assert all(agrees[i] is None for i in schedule.batch(0))                     # there the policy is the reference
+    for step in (1, 2):
+        right = [agrees[i] for i in schedule.batch(step)]
+        assert set(right) <= {0, 0.5, 1} and sum(right) / 16 == pytest.approx(rows[step]["accuracy"])
     record = json.loads((out / "run.json").read_text())
     assert record["finished"] and record["steps"] == 3 and record["config"]["batch_size"] == 16
     assert f"phi_star {record['phi_star']:.4f} (calibrated)" in said
