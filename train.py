@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -228,15 +229,34 @@ RECORD_PHI = {"field": ("dispersion", lambda phi, training: phi),
               "scores": ("scores", mallowspo.phi_of_scores)}
 
 
-def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: dict, world: World) -> None:
-    """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on."""
+def scores_file(cfg: Config) -> Path:
+    return Path(cfg.reference or Path(cfg.out) / "cache/reference.safetensors")
+
+
+def score_others(cfg: Config, splits: list[Split], world: World) -> list[list[Tensor]]:
+    """What each of --references says of each split (P, 2), kept in a file of its own; one model at a time."""
+    found, path = [], scores_file(cfg)
+    for number, name in enumerate(cfg.references, 2):
+        model = open_model(cfg, world.on_rank0(find_model, name), world)
+        file = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        scores = score_reference(model, file, fingerprint(model, world), splits, world)
+        found.append([each.sum_scores(scores)[0].to(each.ref_logp) for each in splits])
+        del model                                                  # before the next one is opened
+    return found
+
+
+def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], others: list[list[Tensor]], state: dict,
+                   world: World) -> None:
+    """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on.  others: as
+    score_others has them."""
     method = cfg.method
     if method.link and (method.alpha or method.dispersion == "entropy"):
-        path = Path(cfg.reference or Path(cfg.out) / "cache/reference.safetensors")
-        scores = score_reference(model, path, state["run"]["model_sha256"], splits, world)
+        scores = score_reference(model, scores_file(cfg), state["run"]["model_sha256"], splits, world)
         for each in splits:
             each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
-        mix_references(cfg, splits, path, world)
+    for number, each in enumerate(splits if others else ()):
+        logps = torch.stack([each.ref_logp, *(found[number] for found in others)])                # (K, P, 2)
+        each.ref_logp = mallowspo.mixed_reference(method, logps).to(each.ref_logp)
     if method.advantage:
         for each in splits:
             rewards = torch.tensor([pair.rewards for pair in each.pairs])
@@ -257,47 +277,32 @@ def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], state: 
               f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
 
 
-def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -> None:
-    """With --references: each of them scores the pairs too, each into a file of its own.  One at a time it is in memory
-    beside the policy, which has neither gradients nor an optimiser yet."""
-    if not cfg.references:
-        return
-    logps = [[each.ref_logp.cpu()] for each in splits]
-    for number, name in enumerate(cfg.references, 2):
-        other = open_model(cfg, world.on_rank0(find_model, name), world)
-        file = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        scores = score_reference(other, file, fingerprint(other, world), splits, world)
-        del other                                                  # its memory is the next one's
-        for each, found in zip(splits, logps):
-            found.append(each.sum_scores(scores)[0].to(found[0]))
-    for each, found in zip(splits, logps):
-        each.ref_logp = mallowspo.mixed_reference(cfg.method, torch.stack(found)).to(each.ref_logp)
-
-
 def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
     """The weight of every prompt, with mean 1 over those of splits[0], which are trained on.  A power that is learned
     is the one that the pairs visited so far bear out: it follows from the steps behind, so that resuming is exact."""
     power, seen = cfg.power, splits[0].index[splits[0].visited()]
     if power == "learn":
         low, high = mallowspo.POWERS
-        power = min(max(mallowspo.fit_trust(*first_visits(splits[0], state)).kappa, low), high)
+        agrees, met = first_visits(splits[0], state)
+        power = min(max(mallowspo.fit_trust(agrees, splits[0].index[met]).kappa, low), high)
     phi_star = cfg.phi_star or mallowspo.calibrate_phi_star(seen, power)
     for each in splits:
         each.weight = mallowspo.dispersion_weight(each.index, phi_star, power).to(each.weight.device)
     state["run"].update(dispersion_power=power, phi_star=phi_star)
 
 
-def first_visits(split: Split, state: dict) -> tuple[Tensor, Tensor]:
-    """Of the pairs that were visited after step 0, in order: whether the policy got them right when it met them, which
-    is what fit_trust asks, and their index."""
+def first_visits(split: Split, state: dict) -> tuple[Tensor, list[int]]:
+    """Of the pairs that were visited after step 0, in order: whether the policy got each right when it met it for the
+    first time (1; 1/2: a tie; 0), which is what fit_trust asks, and its number."""
     order = [i for step in split.first_epoch()[1:] for i in split.schedule.batch(step)]
     agrees = torch.tensor(state["agrees"][:len(order)])
-    return agrees, split.index[order[:len(agrees)]]
+    return agrees, order[:len(agrees)]
 
 
 def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
     """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
-    agrees, index = first_visits(split, state)
+    agrees, met = first_visits(split, state)
+    index = split.index[met]
     if not len(agrees) or index.isnan().all():
         return None
     found, quarters = mallowspo.fit_trust(agrees, index), mallowspo.accuracy_by_quartile(agrees, index)
@@ -319,13 +324,16 @@ def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
                        f"quartile of the index, least agreement first, {right}; {used}"}
 
 
-def dispersion_entries(method: Method, split: Split):
+def dispersion_entries(method: Method, split: Split, state: dict):
     """What became of the dispersion of every pair that is visited, for dispersion.jsonl."""
+    agrees, met = first_visits(split, state)
+    right = dict(zip(met, agrees.tolist()))
     phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight))
     index, weight, phi = split.index.tolist(), split.weight.tolist(), phi.tolist()
     for i in split.visited():
         if not math.isnan(index[i]):
-            yield {"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "where": split.pairs[i].where}
+            yield {"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "agrees": right.get(i),
+                   "where": split.pairs[i].where}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -574,7 +582,9 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     """Everything from a folder and a file to a trained folder; on_step as in `train`."""
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    model, tokenizer = load_model(cfg, world)
+    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
+    model, tokenizer = open_policy(cfg, folder, world), Tokenizer(folder)
+    check_model(cfg, model, tokenizer, world)
     splits = load_splits(cfg, model, tokenizer, world)
     split = splits[0]
     measure_memory(cfg, model, split, world)
@@ -596,9 +606,14 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        prompt_weights(cfg, model, splits, state, world)
+        others = []
+        if cfg.references:
+            model = None                                           # one model at a time is in memory
+            others = score_others(cfg, splits, world)
+            model = open_policy(cfg, folder, world)
+        prompt_weights(cfg, model, splits, others, state, world)
         if world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
             write_json(out / "run.json", record)
         asked = splits[-1].pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
@@ -611,8 +626,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
                 {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
                 for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
         save_weights(cfg, model, out, world)
-        if cfg.power == "learn" and world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split))
+        if world.rank == 0:
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
         record["trust"] = verdict(cfg, split, state)
         if record["trust"]:
             world.say(f"verdict     {record['trust']['meaning']}")
@@ -630,6 +645,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
     """A folder as a model on this device."""
+    gc.collect()                                                   # one that was let go may hang together in a circle
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
         dtype = world.dtype                                        # frozen weights need no more than that
@@ -637,14 +653,9 @@ def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
     return Transformer.from_pretrained(folder, world.device, dtype, shard)
 
 
-def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
-    """The model as it will be trained, and its tokenizer.  Raises BadConfig, BadModel or BadData."""
-    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
-    model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
-    for name in cfg.references or ():
-        other = Tokenizer(world.on_rank0(find_model, name))
-        refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
-               f"--references {name}: its tokens are not those of --model {cfg.model}")
+def open_policy(cfg: Config, folder: Path, world: World) -> Transformer:
+    """The model as it will be trained."""
+    model = open_model(cfg, folder, world)
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -654,6 +665,15 @@ def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
     except (RuntimeError, OSError) as error:
         raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
                         f"{' '.join(str(error).split()):.300}; install it, or go without") from None
+    return model
+
+
+def check_model(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
+    """Say what the model is.  Raises BadConfig if it does not go with the tokenizer, --references or --out."""
+    for name in cfg.references or ():
+        other = Tokenizer(world.on_rank0(find_model, name))
+        refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
+               f"--references {name}: its tokens are not those of --model {cfg.model}")
     own = [file for file, _ in model.origin.tensors.values()]
     others = [path.name for path in sorted(Path(cfg.out).glob("model*.safetensors")) if path.name not in own]
     refuse(others, f"--out {cfg.out} holds weights of another model ({', '.join(others)}); choose another folder")
@@ -665,7 +685,6 @@ def load_model(cfg: Config, world: World) -> tuple[Transformer, Tokenizer]:
               f"{str(world.dtype)[6:]} on {world.size} x {world.device.type}")
     for note in model.notes:
         world.say(f"note        {note}")
-    return model, tokenizer
 
 
 # The default of --tokens-per-row: without --compile a GPU's attention is dense, with a mask of row x row.
@@ -765,6 +784,8 @@ class Run:
         if state["step"]:
             load_checkpoint(checkpoints(Path(cfg.out))[0], model, self.optimizer)
             self.scaler.load_state_dict(state["scaler"])
+            with contextlib.suppress(OSError):                     # Linux: the peak of memory is that of the steps now
+                Path("/proc/self/clear_refs").write_text("5")
         for name in ("metrics", "evaluations"):
             cut_log(Path(cfg.out) / f"{name}.jsonl", state["step"], world)
 
@@ -779,8 +800,8 @@ class Run:
             what = f"the {part} is not finite; look at --lr, --beta, and {', '.join(where[:8])}{more}"
             skipped.append(step)
             if self.cfg.on_nonfinite == "stop" or skipped[-IN_A_ROW:] == list(range(step - IN_A_ROW + 1, step + 1)):
-                raise RunFailed(f"step {step}: {what}")
-            self.world.say(f"step {step:>5}  skipped: {what}")
+                raise RunFailed(f"step {step + 1}: {what}")
+            self.world.say(f"step {step + 1:>5}  skipped: {what}")
         else:
             self.scaler.step(self.optimizer, ((norm + 1e-6) / self.cfg.clip).clamp(min=1))
         self.scaler.update()
@@ -804,10 +825,11 @@ class Run:
         known = method.token_weights == "equal" or method.alpha == 1      # (then all r(y) are 0, whatever the weights)
         if step == 0 and method.link and method.alpha and known:
             self.check_first_loss(split, entry["loss"])
-        if step % self.cfg.log_every == 0 or step + 1 == split.steps:
-            left = int(entry["seconds"] / (step + 1) * (split.steps - step - 1))
+        done = step + 1                                           # what is told counts the steps that are finished
+        if done % self.cfg.log_every == 0 or done in (1, split.steps):
+            left = int(entry["seconds"] / done * (split.steps - done))
             shown = f"accuracy {entry['accuracy']:.3f}  margin {entry['margin']:+.4f}  " if method.link else ""
-            self.world.say(f"step {step:>5}/{split.steps}  loss {entry['loss']:.4f}  {shown}lr {entry['lr']:.1e}  "
+            self.world.say(f"step {done:>5}/{split.steps}  loss {entry['loss']:.4f}  {shown}lr {entry['lr']:.1e}  "
                            f"{entry['pairs_per_second']:.1f} pairs/s  {entry['tokens_per_second']:,.0f} tok/s  "
                            f"{entry['memory_gib']:.1f} GiB  left {left // 60}:{left % 60:02}")
 
@@ -1188,7 +1210,7 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     finished = state.get("finished")
     if not found and not (cfg.resume and finished):
         why = "; there is no checkpoint" if cfg.resume else "; in place of the finished run" if finished else ""
-        print(f"start       at step 0{why}")
+        print(f"start       with step 1{why}")
         write_json(out / "run.json", record)                       # from now on the folder is this run's
         return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
     wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
@@ -1207,7 +1229,7 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     for name in there | state["sha256"]:                           # what is there, and nothing else
         refuse(name not in there or sha256(there[name]) != state["sha256"].get(name),
                f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
-    print(f"start       at step {state['step']}, from {found[0]}")
+    print(f"start       after step {state['step']}, from {found[0]}")
     return {**state, "run": record}
 
 
@@ -1238,7 +1260,7 @@ def draw_curves(out: Path) -> None:
                      for panel, curve, value in shown if value is not None]
     titles = {**dict.fromkeys(CURVES, ""), "quartiles": "held out; 1: least agreement"}
     panels = [Panel("step", "value", "curve", {row["curve"]: row["curve"] for row in rows if row["panel"] == name},
-                    "step", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
+                    "finished steps", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
               for name, title in titles.items() if any(row["panel"] == name for row in rows)]
     draw(rows, panels, out / "curves.png")
 

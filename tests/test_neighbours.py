@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -388,6 +389,22 @@ def test_references_in_the_trainer(run, make_model, pairs, tmp_path):
     assert any(not torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
     assert sorted(path.name for path in (tmp_path / "differs/cache").glob("reference*.safetensors")) == [
         "reference-2.safetensors", "reference-3.safetensors", "reference.safetensors"]
+
+
+def test_one_model_at_a_time_is_in_memory(make_model, pairs, tmp_path, monkeypatch):
+    """The policy too makes room for a further reference, and is read again."""
+    opened, read = [], train.Transformer.from_pretrained
+
+    def alone(folder, *arguments):
+        assert all(model() is None for _, model in opened)
+        model = read(folder, *arguments)
+        opened.append((str(folder), weakref.ref(model)))
+        return model
+    monkeypatch.setattr(train.Transformer, "from_pretrained", alone)
+    one, two, three = (str(make_model(name)) for name in ("llama-tied", "llama-grouped", "gpt2"))
+    train.fit(train.Config(model=one, references=(two, three), data=(str(pairs),), loss="mrpo", steps=2, samples=0,
+                           out=str(tmp_path), lora_rank=2, device="cpu"), ALONE)
+    assert [folder for folder, _ in opened] == [one, two, three, one]
 
 
 def test_sampled_tokens_after_a_resume(run, make_model, pairs, tmp_path):

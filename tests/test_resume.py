@@ -2,7 +2,9 @@
 import builtins
 import json
 import math
+import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +70,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
     with open(tmp_path / "out/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')              # as a run that was killed leaves them
     job(model=model, resume=True)
-    assert "start       at step 4" in capsys.readouterr().out
+    assert "start       after step 4" in capsys.readouterr().out
     same(tmp_path / "whole", tmp_path / "out")
     assert [row["step"] for row in rows_of(tmp_path / "out/metrics.jsonl")] == list(range(6))
     assert [row["step"] for row in rows_of(tmp_path / "out/evaluations.jsonl")] == [0, 2, 4, 6]
@@ -77,10 +79,37 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
     assert "there is nothing to do" in capsys.readouterr().out
 
 
+def test_a_step_has_one_number(job, capsys):
+    """The third one is 3 where it is done, where it is kept, where it is evaluated, and where the run goes on."""
+    job(stop_at=2, log_every=1, eval_every=3)
+    job(resume=True, log_every=1, eval_every=3)
+    said = re.findall(r"^(?:step +\d+(?:/6|  held out)|start +\w+ step \d+)", capsys.readouterr().out, re.MULTILINE)
+    assert [re.sub(" +", " ", words) for words in said] == [
+        "start with step 1", "step 0 held out", "step 1/6", "step 2/6", "step 3/6", "start after step 3",
+        "step 3 held out", "step 4/6", "step 5/6", "step 6/6", "step 6 held out"]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process stays here")
+def test_the_memory_of_loading_is_not_that_of_the_steps(job, monkeypatch, tmp_path):
+    load, peaks = train.load_checkpoint, []
+
+    def greedy(*arguments):
+        with mmap.mmap(-1, 1 << 29) as half_a_gib:
+            for place in range(0, 1 << 29, 4096):
+                half_a_gib[place] = 1
+        load(*arguments)
+        peaks.append(train.peak_memory(ALONE))
+    monkeypatch.setattr(train, "load_checkpoint", greedy)
+    job(stop_at=2)
+    job(resume=True)
+    assert rows_of(tmp_path / "out/metrics.jsonl")[-1]["memory_gib"] < peaks[0] - 0.3
+
+
 def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
     flags = dict(batch_size=4, dispersion_power="learn", dispersion="field", lr=5e-3)      # ten steps in an epoch
     job(out=str(tmp_path / "whole"), **flags, steps=12)
     job(stop_at=2, **flags, steps=12)
+    assert {row["agrees"] for row in rows_of(tmp_path / "out/dispersion.jsonl")} == {None}      # until the end
     agrees = json.loads((checkpoints(tmp_path / "out")[0] / "state.json").read_text())["agrees"]
     job(resume=True, **flags, steps=12)
     same(tmp_path / "whole", tmp_path / "out")
@@ -90,6 +119,8 @@ def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
     index = [row["entropy"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]
     met = [i for step in (1, 2) for i in Schedule([1] * 40, 4, 0, 99).batch(step)]
     kappa = mallowspo.fit_trust(torch.tensor(agrees), torch.tensor([index[i] for i in met])).kappa
+    found = {row["index"]: row["agrees"] for row in rows_of(tmp_path / "out/dispersion.jsonl")}
+    assert [found[i] for i in met] == agrees
     assert powers[:2] == [0, 0] and 0 < powers[3] == pytest.approx(kappa) and powers[2] != powers[3]
     assert powers[10] == powers[11] == one["dispersion_power"] == min(max(one["trust"]["kappa"], 0), 8)
     weights = [row["weight"] for row in rows_of(tmp_path / "out/dispersion.jsonl")]
@@ -258,13 +289,13 @@ def spoil(monkeypatch, steps, how):
     ("gradient", lambda loss: loss + (loss - loss.detach()).abs().sqrt())])       # 0, and its slope is nan
 def test_bad_numbers(job, pairs, tmp_path, monkeypatch, capsys, what, how):
     spoil(monkeypatch, {3}, how)
-    with pytest.raises(RunFailed, match=f"step 3: the {what} is not finite; .*{pairs}:[0-9]+") as error:
+    with pytest.raises(RunFailed, match=f"step 4: the {what} is not finite; .*{pairs}:[0-9]+") as error:
         job(save_every=2)
     assert (str(error.value).count(str(pairs)) == 1) == (what == "loss")        # it knows which pair
     out, = [path.parent.parent for path in checkpoints(tmp_path / "out")]
     assert all(p.isfinite().all() for p in load_file(checkpoints(out)[0] / "state.safetensors").values())
     job(resume=True, on_nonfinite="skip")
-    assert f"step     3  skipped: the {what} is not finite" in (said := capsys.readouterr().out)
+    assert f"step     4  skipped: the {what} is not finite" in (said := capsys.readouterr().out)
     assert "1 steps were skipped" in said and json.loads((out / "run.json").read_text())["skipped"] == [3]
     text = (out / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -275,7 +306,7 @@ def test_bad_numbers(job, pairs, tmp_path, monkeypatch, capsys, what, how):
 def test_skipping_ends_after_so_many_in_a_row(job, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "IN_A_ROW", 3)
     spoil(monkeypatch, {1, 2, 4, 5, 6}, lambda loss: loss * math.nan)
-    with pytest.raises(RunFailed, match="step 6: the loss is not finite"):
+    with pytest.raises(RunFailed, match="step 7: the loss is not finite"):
         job(steps=9, on_nonfinite="skip", save_every=0)
     assert len(rows_of(tmp_path / "out/metrics.jsonl")) == 6
 

@@ -61,5 +61,5 @@ def test_a_sharded_run_goes_on_in_one_process(run, make_model, pairs, tmp_path):
     checkpoint, = (tmp_path / "out/checkpoint").glob("step-*")
     assert 3 < int(checkpoint.name[5:]) < 80
     resumed = run("train.py", *flags, "--out", tmp_path / "out", "--resume")
-    assert f"start       at step {int(checkpoint.name[5:])}" in resumed.stdout, resumed.stderr
+    assert f"start       after step {int(checkpoint.name[5:])}" in resumed.stdout, resumed.stderr
     close(*(rows_of(tmp_path / out / "metrics.jsonl") for out in ("out", "whole")), ["loss", "margin", "grad_norm"])

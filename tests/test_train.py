@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import mallowspo
 import train
-from data import Split, Tokenizer, load_pairs
+from data import Schedule, Split, Tokenizer, load_pairs
 from mallowspo import LOSSES
 from model import Transformer, add_lora
 from train import Config, write_jsonl
@@ -49,7 +49,7 @@ def test_first_step_is_the_reference(trained):
     first = rows_of(trained[0] / "metrics.jsonl")[0]
     assert first["step"] == 0 and first["accuracy"] == 0.5 and first["margin"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert "loss 0.6931  accuracy 0.500" in trained[1]
+    assert "step     1/3  loss 0.6931  accuracy 0.500" in trained[1]
     assert "first loss is 0.693147; of a policy that equals its reference it is 0.693147" in trained[1]
 
 
@@ -67,6 +67,11 @@ def test_records(trained, pairs):
     for row in found:
         assert row["phi"] == pytest.approx(math.exp(-row["weight"] / 2), rel=1e-5) and 0 < row["entropy"] < 1
         assert row["where"] == f"{pairs}:{row['index'] + 1}"
+    agrees, schedule = {row["index"]: row["agrees"] for row in found}, Schedule([1] * 50, 16, 0, 99)
+    assert all(agrees[i] is None for i in schedule.batch(0))                     # there the policy is the reference
+    for step in (1, 2):
+        right = [agrees[i] for i in schedule.batch(step)]
+        assert set(right) <= {0, 0.5, 1} and sum(right) / 16 == pytest.approx(rows[step]["accuracy"])
     record = json.loads((out / "run.json").read_text())
     assert record["finished"] and record["steps"] == 3 and record["config"]["batch_size"] == 16
     assert f"phi_star {record['phi_star']:.4f} (calibrated)" in said
@@ -166,7 +171,7 @@ def test_second_run_reuses_the_reference_and_repeats(trained, run, tmp_path):
     assert (out / "cache/reference.safetensors").stat().st_mtime_ns == before
     same_run(trained[0], out, exactly=True)
     longer = run("train.py", "--config", out / "run.json", "--out", out, "--steps", 4, "--loss", "dpo")
-    assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 3 adds
+    assert longer.returncode == 0 and "scoring 2 pairs" in longer.stdout         # the two that step 4 adds
     shorter = run("train.py", "--config", out / "run.json", "--out", out, "--loss", "mallows-theta", "--steps", 3)
     assert shorter.returncode == 0, shorter.stderr
     same_run(trained[0], out, exactly=True)
