@@ -570,7 +570,7 @@ class Transformer(nn.Module):
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
             at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
             segments = (at < 0) * BRANCHES if min(lengths) < longest else None      # padding: another group
-            logits = self.predict(new, at.clamp(0, last), segments, caches).float().cpu()            # (B, V)
+            logits = self.predict(new, at.clamp(0, last), segments, caches).float()                  # (B, V)
             drawn = sample(logits, temperature, top_p, generators and [generators[i] for i in going])
             found = {i: token for i, token in zip(going, drawn) if token not in stop and lengths[i] + step <= last}
             if not found:
@@ -735,12 +735,13 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
     A row takes one random number of its own generator, and nothing of it depends on the other rows."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    drawn, chances = [], (logits / temperature).softmax(-1)                                  # (B, V)
+    chances = (logits / temperature).softmax(-1)                                             # (B, V)
     if top_p >= 1:                                                   # all are kept: their order does not matter
-        reach = chances.cumsum(-1)
         points = [torch.rand(1, generator=generators and generators[row]) for row in range(len(chances))]
-        places = torch.searchsorted(reach, torch.stack(points) * reach[:, -1:])                  # (B, 1)
+        reach = chances.cumsum(-1)
+        places = torch.searchsorted(reach, torch.stack(points).to(reach.device) * reach[:, -1:])     # (B, 1)
         return places.clamp(max=chances.size(1) - 1).flatten().tolist()
+    drawn, chances = [], chances.cpu()                               # a row after the other
     top, ids = chances.topk(min(LIKELIEST, chances.size(1)))                                 # (B, 256), sorted
     for row, (some, names) in enumerate(zip(top, ids)):
         if some.sum() < top_p:

@@ -1,0 +1,616 @@
+"""The paper's tasks on a real language model: controllable generation, dialogue, and what the dispersion index knows.
+
+    python tests/experiments.py sentiment --model DIR               continuations of openings, ranked by a panel
+    python tests/experiments.py dialogue --model DIR --data hh-harmless.jsonl.gz --votes pandalm.jsonl.gz
+    python tests/experiments.py index --model DIR                   after the other two: readings of the index
+    python tests/experiments.py report                              all tables and pictures, from the rows
+
+DIR: a Hugging Face folder or name (HuggingFaceTB/SmolLM2-135M-Instruct).  --data: pairs (such as
+hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz).  --votes: the human test set of PandaLM, one object a
+line with instruction, input, response1, response2, annotator1, annotator2 and annotator3 (1, 2, or 0 for a tie).
+Each run of training adds a line to OUT/sentiment.jsonl or OUT/dialogue.jsonl; what is there is not run again, so a
+command that was killed goes on where it stood.  --part 1/4 to 4/4 are four processes that share the work; --quick
+is all of it with a tiny random model and a few openings or pairs, in a minute: it shows nothing but that it runs.
+"""
+import argparse
+import contextlib
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from bandit import Panel, Population, at_kl, draw  # noqa: E402
+from data import Pair, Tokenizer, collate, find_model, load_pairs, read_lines  # noqa: E402
+from mallowspo import dispersion_index  # noqa: E402
+from model import BRANCHES, Transformer  # noqa: E402
+
+# The rows of each comparison: settings of train.Config.
+METHODS = {
+    "dpo": {"loss": "dpo"},
+    "ipo": {"loss": "ipo"},
+    "theta": {"loss": "mallows-theta"},
+    "phi": {"loss": "mallows-phi"},
+    "theta, learned": {"loss": "mallows-theta", "dispersion_power": "learn"},
+    "phi, learned": {"loss": "mallows-phi", "dispersion_power": "learn"},
+    "phi, votes": {"loss": "mallows-phi", "dispersion": "votes"},
+    "phi, true": {"loss": "mallows-phi", "dispersion": "field"},
+}
+BETAS = {"ipo": 10.0}                          # times those of the others: its log-ratios are per token
+RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # the learning rate is chosen among these, by dpo alone, on other pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. What both tasks share: rows that last, a policy from a file of pairs, scores, samples and their KL
+
+class Task:
+    """The options, the reference, and where the rows of one experiment are."""
+
+    def __init__(self, args: argparse.Namespace, name: str):
+        self.args, self.name, self.folder = args, name, args.out / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows_file = args.out / f"{name}.jsonl"
+        self.world = train.join_world(train.Config(device=args.device))
+        if args.quick:
+            torch.set_num_threads(1)
+            with train.lock_folder(args.out / "tiny.lock"):        # other processes want it too
+                args.model = make_tiny(args.out / "tiny")
+        where = find_model(args.model)
+        self.tokenizer = Tokenizer(where)
+        self.reference = Transformer.from_pretrained(where, self.world.device)
+
+    def rows(self) -> list[dict]:
+        return read_rows(self.rows_file)
+
+    def add(self, row: dict) -> None:
+        """A line at the end, in one write, as other processes add theirs.  Of one that was killed half a line may be
+        left, so each begins on a new one."""
+        with open(self.rows_file, "ab", buffering=0) as file:
+            file.write(f"\n{json.dumps(row)}\n".encode())
+
+    def pairs(self, path: Path) -> list[Pair]:
+        return load_pairs(path, self.tokenizer, self.args.max_tokens).pairs
+
+    def fit(self, data: Path, **settings) -> tuple[Transformer, Path]:
+        """Train a policy, as `python train.py` would -> it, and the folder it left."""
+        out = self.folder / f"run-{self.args.part[0]}"
+        shutil.rmtree(out, ignore_errors=True)
+        cfg = train.Config(**{"model": str(self.args.model), "data": str(data), "out": str(out), "samples": 0,
+                              "save_every": 0, "device": self.args.device, "max_tokens": self.args.max_tokens,
+                              "reference": str(data.with_suffix(".safetensors")), "batch_size": 32, **settings})
+        with contextlib.redirect_stdout(None):
+            train.fit(cfg, self.world)
+        return Transformer.from_pretrained(out, self.world.device), out
+
+    def learning_rate(self, data: Path, held_out: Path, **settings) -> float:
+        """The one with which dpo has the least loss on held-out pairs: chosen once, for all methods."""
+        with train.lock_folder(self.folder / "lock"):              # one process looks for it, the others wait
+            for rate in RATES:
+                if not any(row.get("tried") == rate for row in self.rows()):
+                    _, out = self.fit(data, loss="dpo", lr=rate, eval_data=str(held_out), **settings)
+                    last = read_rows(out / "evaluations.jsonl")[-1]
+                    self.add({"tried": rate, "loss": last["loss"], "accuracy": last["accuracy"]})
+            tried = {row["tried"]: row["loss"] for row in self.rows() if "tried" in row}
+            return min(tried, key=tried.get)
+
+
+def read_rows(path: Path) -> list[dict]:
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):                      # what a process that was killed had not finished
+            rows.append(json.loads(line))
+    return rows
+
+
+def make_tiny(folder: Path) -> Path:
+    """A random model that knows every byte, for --quick."""
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        settings = {**train.DEMO_MODEL, "hidden_size": 32, "max_position_embeddings": 1024, "vocab_size": 2048}
+        Transformer.from_config(settings, Population().tokenizer_files()).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def score(model: Transformer, pairs: list[Pair]) -> list[train.Scores]:
+    """Log-probability of each token of both responses, and the entropy there."""
+    found = []
+    for start in range(0, len(pairs), 8):
+        some = pairs[start:start + 8]
+        row = collate([pair[:3] for pair in some], BRANCHES, model.embed.weight.device)
+        scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()                      # (2, N)
+        ends = np.cumsum([len(pair.chosen) + len(pair.rejected) for pair in some])[:-1]
+        found += [train.Scores(*part) for part in np.split(scores, ends, axis=1)]
+    return found
+
+
+def sums(scores: list[train.Scores], pairs: list[Pair]) -> np.ndarray:
+    """(P, 2) log-probabilities of the responses."""
+    return np.array([[each.logp[:len(pair.chosen)].sum(), each.logp[len(pair.chosen):].sum()]
+                     for each, pair in zip(scores, pairs)])
+
+
+def sample(model: Transformer, prompts: list[list[int]], tokens: int, end: int, seed: int) -> list[list[int]]:
+    """A response to each prompt, drawn from the model's own distribution."""
+    responses = []
+    for start in range(0, len(prompts), 256):
+        some = prompts[start:start + 256]
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(some))]
+        steps = list(model.generate(some, tokens, stop=(end,), generators=generators))
+        responses += [[step[i] for step in steps if step[i] is not None] for i in range(len(some))]
+    return responses
+
+
+@torch.no_grad()
+def kl_of_samples(policy: Transformer, reference: Transformer, prompts: list[list[int]], responses: list[list[int]],
+                  tokens: int) -> np.ndarray:
+    """(n,) nats: the KL of the next token, summed along responses that the policy drew.  The mean is the KL of whole
+    responses of at most so many tokens, with less noise than the log-ratio of what was drawn."""
+    device, found = policy.embed.weight.device, []
+    size = max(1, 2048 // (max(map(len, prompts)) + tokens))       # so that the logits have room
+    for start in range(0, len(prompts), size):
+        both = list(zip(prompts[start:start + size], responses[start:start + size]))
+        longest = max(len(prompt) + len(response) for prompt, response in both)
+        ids = torch.zeros(len(both), longest, dtype=torch.int64, device=device)      # padded behind, where none looks
+        for i, (prompt, response) in enumerate(both):
+            ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
+        ours, theirs = (model.logits(ids).log_softmax(-1) for model in (policy, reference))         # (B, T, V)
+        kl = (ours.exp() * (ours - theirs)).sum(-1).cpu()                                           # (B, T)
+        for i, (prompt, response) in enumerate(both):
+            drawn = min(len(response) + 1, tokens)                 # the end was drawn too
+            found.append(kl[i, len(prompt) - 1:][:drawn].sum().item())
+    return np.array(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Sentiment: continuations of the openings of reviews, as positive as they can be
+
+# Twenty kinds of things, from those that everybody judges alike to those that everybody judges otherwise.
+KINDS = (
+    ("kitchen scale", "tape measure", "thermometer", "wall clock", "pocket calculator"),
+    ("bike lock", "door handle", "smoke alarm", "fire extinguisher", "first-aid kit"),
+    ("phone battery", "charging cable", "memory card", "desk lamp", "extension cord"),
+    ("washing machine", "fridge", "kettle", "vacuum cleaner", "toaster"),
+    ("printer", "router", "keyboard", "laptop screen", "webcam"),
+    ("parcel service", "train line", "car rental", "airport shuttle", "taxi company"),
+    ("tent", "rain jacket", "backpack", "sleeping bag", "pair of hiking boots"),
+    ("dentist", "plumber", "car mechanic", "tax adviser", "vet"),
+    ("language course", "driving school", "cooking class", "online lecture", "swimming lesson"),
+    ("hotel room", "camp site", "guest house", "hostel", "holiday flat"),
+    ("office chair", "mattress", "sofa", "pillow", "standing desk"),
+    ("pair of headphones", "record player", "electric guitar", "piano", "loudspeaker"),
+    ("coffee shop", "pizza place", "bakery", "noodle bar", "steak house"),
+    ("video game", "board game", "card game", "puzzle", "chess app"),
+    ("crime novel", "fantasy series", "poetry book", "biography", "comic book"),
+    ("action film", "romantic comedy", "horror film", "musical", "documentary"),
+    ("pop album", "jazz concert", "opera", "techno club", "folk festival"),
+    ("perfume", "haircut", "pair of sunglasses", "winter coat", "wedding dress"),
+    ("modern painting", "abstract sculpture", "dance performance", "street mural", "art exhibition"),
+    ("political talk show", "gossip magazine", "celebrity podcast", "reality show", "opinion column"),
+)
+FRAMES = ("My review of the {}: I used it for a month and", "I have to say something about this {}. It",
+          "Three of us tried the {} last week, and we all")
+NOISE = np.geomspace(0.1, 3.0, len(KINDS))     # of a judgement, by kind; the compound score goes from -1 to 1
+
+
+def openings() -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """(number of the kind, opening), 200 to train on and 100 held out, of every kind some of both."""
+    parts = [], []
+    for kind, things in enumerate(KINDS):
+        for i, thing in enumerate(things):
+            for j, frame in enumerate(FRAMES):
+                parts[(i + j) % 3 == 0].append((kind, frame.format(thing)))
+    return parts
+
+
+def compound(texts: list[str]) -> np.ndarray:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # for this experiment alone
+    analyser = SentimentIntensityAnalyzer()
+    return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
+
+
+def judged_pairs(items: list[dict], seed: int) -> list[dict]:
+    """Pairs of an opening's continuations, by annotators who see score + noise (Gumbel's, so that an annotator prefers
+    a to b with probability sigmoid((a - b) / noise)); the first of three decides, all three vote."""
+    rng, records = np.random.default_rng(seed), []
+    for item in items:
+        noise, score = NOISE[item["kind"]], np.array(item["scores"])
+        order = rng.permutation(len(score))
+        for a, b in zip(order[::2], order[1::2]):
+            if item["texts"][a] == item["texts"][b]:
+                continue
+            seen = score[[a, b]] + noise * rng.gumbel(size=(3, 2))                                  # (3, 2)
+            first = seen[:, 0] > seen[:, 1]
+            chosen, rejected = (a, b) if first[0] else (b, a)
+            alike = int((first == first[0]).sum())
+            records.append({"prompt": item["prompt"], "chosen": item["texts"][chosen],
+                            "rejected": item["texts"][rejected], "kind": item["kind"], "votes": [alike, 3 - alike],
+                            "dispersion": math.exp(-NOISE[0] / noise)})         # -log phi falls as 1 / noise
+    return records
+
+
+def sentiment(args: argparse.Namespace) -> None:
+    task = Task(args, "sentiment")
+    tokens, copies, end = (4, 4, task.tokenizer.eos) if args.quick else (32, 16, task.tokenizer.eos)
+    training, held_out = openings()
+    if args.quick:
+        training, held_out = training[::20], held_out[::10]
+    made = task.folder / "continuations.jsonl"
+    with train.lock_folder(task.folder / "lock"):
+        if not made.exists():
+            prompts = [task.tokenizer.prompt(text) for _, text in training]
+            texts = [[task.tokenizer.text(ids) for ids in sample(task.reference, prompts, tokens, end, seed)]
+                     for seed in range(copies)]
+            items = []
+            for (kind, text), *answers in zip(training, *texts):
+                answers = [answer for answer in answers if answer.strip()]
+                items.append({"kind": kind, "prompt": text, "texts": answers, "scores": compound(answers).tolist()})
+            train.write_jsonl(made, items)
+        items = read_rows(made)
+        for seed in range(-1, args.seeds):
+            path = task.folder / f"pairs{seed}.jsonl"
+            if not path.exists():
+                train.write_jsonl(path, judged_pairs(items, seed + 1))
+        tune, other = (task.folder / f"tune-{name}.jsonl" for name in ("train", "held-out"))
+        records = read_rows(task.folder / "pairs-1.jsonl")         # a fifth of the openings, with judges of their own
+        asked = {item["prompt"] for item in items[::5]}
+        train.write_jsonl(tune, [record for record in records if record["prompt"] not in asked])
+        train.write_jsonl(other, [record for record in records if record["prompt"] in asked])
+    rate = task.learning_rate(tune, other, beta=0.1)
+    prompts = [task.tokenizer.prompt(text) for _, text in held_out]
+    for job in jobs(args, METHODS, (0.05, 0.1, 0.3)):
+        if any(job.items() <= row.items() for row in task.rows()):
+            continue
+        settings = {**METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
+        policy, out = task.fit(task.folder / f"pairs{job['seed']}.jsonl", **settings)
+        task.add({**job, **learned(out), **measure_sentiment(task, policy, prompts, tokens, end)})
+        print(f"sentiment: {job}", flush=True)
+    if not any(row.get("method") == "reference" for row in task.rows()) and args.part[0] == 1:
+        task.add({"method": "reference", **measure_sentiment(task, task.reference, prompts, tokens, end)})
+
+
+def jobs(args: argparse.Namespace, methods, betas) -> list[dict]:
+    """The share of this process, seed by seed."""
+    every = [{"method": method, "beta": beta * BETAS.get(method, 1.0), "seed": seed} for seed in range(args.seeds)
+             for beta in betas for method in methods]
+    part, parts = args.part
+    return every[part - 1::parts]
+
+
+def learned(out: Path) -> dict:
+    """What the run says of its index."""
+    record = json.loads((out / "run.json").read_text())
+    trust = record["trust"] or {"kappa": None, "se": None}
+    return {"power": record["dispersion_power"], "trust": trust["kappa"], "trust_se": trust["se"]}
+
+
+def measure_sentiment(task: Task, policy: Transformer, prompts: list[list[int]], tokens: int, end: int) -> dict:
+    """Mean score of several continuations of each held-out opening, and their KL."""
+    prompts = prompts * task.args.samples
+    responses = sample(policy, prompts, tokens, end, 99)
+    scores = compound([task.tokenizer.text(ids) for ids in responses])
+    kl = kl_of_samples(policy, task.reference, prompts, responses, tokens)
+    return {"score": scores.mean(), "score_se": scores.std() / len(scores) ** 0.5, "kl": kl.mean(),
+            "kl_se": kl.std() / len(kl) ** 0.5}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Dialogue: Anthropic's pairs; out of distribution, longer prompts and the questions of PandaLM
+
+def split_records(task: Task) -> None:
+    """Files of records: the longest prompts apart, then held-out pairs, then those that are trained on."""
+    args, sizes = task.args, (1300, 400, 80)
+    records = [json.loads(line) for _, line in read_lines(args.data)]
+    if args.quick:
+        records, sizes = records[:20], (12, 4, 4)
+    found, kept = [], []
+    for where, record in enumerate(records):                      # one at a time, to know which are usable
+        path = task.folder / "one.jsonl"
+        train.write_jsonl(path, [record])
+        with contextlib.suppress(train.BadData):
+            found += task.pairs(path)
+            kept.append(where)
+    order = sorted(range(len(kept)), key=lambda i: len(found[i].prompt), reverse=True)
+    longer, rest = order[:sizes[2]], np.random.default_rng(0).permutation(order[sizes[2]:]).tolist()
+    training = rest[sizes[1]:][:sizes[0]]
+    parts = {"longer": longer, "held-out": rest[:sizes[1]], "train": training,
+             "tune-train": training[len(training) // 4:], "tune-held-out": training[:len(training) // 4]}
+    for name, chosen in parts.items():
+        train.write_jsonl(task.folder / f"{name}.jsonl", [records[kept[i]] for i in chosen])
+    train.write_jsonl(task.folder / "votes.jsonl", pandalm(args.votes, 20 if args.quick else None))
+
+
+def pandalm(path: str, count: int | None) -> list[dict]:
+    """Pairs with a majority among three people, in the form of the dialogues."""
+    records = []
+    for _, line in read_lines(path):
+        item = json.loads(line)
+        marks = [str(item[f"annotator{i}"]) for i in (1, 2, 3)]
+        votes, sides = [marks.count("1"), marks.count("2")], [item["response1"], item["response2"]]
+        if votes[0] == votes[1] or sides[0] == sides[1] or not all(sides):
+            continue
+        chosen, rejected = (1, 2) if votes[0] > votes[1] else (2, 1)
+        question = "\n\n".join(filter(None, [item["instruction"], item["input"]]))
+        records.append({"prompt": f"\n\nHuman: {question}\n\nAssistant:", "chosen": f" {item[f'response{chosen}']}",
+                        "rejected": f" {item[f'response{rejected}']}", "votes": sorted(votes, reverse=True),
+                        "marks": marks})
+    return records[:count]
+
+
+def dialogue(args: argparse.Namespace) -> None:
+    task = Task(args, "dialogue")
+    with train.lock_folder(task.folder / "lock"):
+        if not (task.folder / "votes.jsonl").exists():
+            split_records(task)
+    rate = task.learning_rate(task.folder / "tune-train.jsonl", task.folder / "tune-held-out.jsonl", beta=0.1)
+    sets = {name: task.pairs(task.folder / f"{name}.jsonl") for name in ("held-out", "longer", "votes")}
+    scores = {name: score(task.reference, pairs) for name, pairs in sets.items()}
+    before = {name: sums(scores[name], pairs) for name, pairs in sets.items()}
+    tokens, end = 8 if args.quick else 48, task.tokenizer.eos
+    asked = [pair.prompt.tolist() for pair in sets["held-out"][:200]]
+    if not any("index" in row for row in task.rows()) and args.part[0] == 1:
+        size = task.reference.config.vocab_size
+        task.add({"index": {name: paper_index(scores[name], pairs, size) for name, pairs in sets.items()}})
+    methods = [name for name in METHODS if name not in ("phi, votes", "phi, true")]
+    for job in jobs(args, methods, (0.1,)):
+        if any(job.items() <= row.items() for row in task.rows()):
+            continue
+        policy, out = task.fit(task.folder / "train.jsonl", lr=rate, beta=job["beta"], seed=job["seed"],
+                               **METHODS[job["method"]])
+        ratios = {}
+        for name, pairs in sets.items():
+            change = sums(score(policy, pairs), pairs) - before[name]                               # (P, 2)
+            ratios[name] = (change[:, 0] - change[:, 1]).round(4).tolist()
+        responses = sample(policy, asked, tokens, end, 99)
+        kl = kl_of_samples(policy, task.reference, asked, responses, tokens)
+        first = {line["where"].rpartition(":")[2]: line.get("agrees") for line in read_rows(out / "dispersion.jsonl")}
+        task.add({**job, **learned(out), "rate": rate, "log_ratios": ratios, "kl": kl.mean(),
+                  "kls": kl.round(4).tolist(), "agrees": first})
+        print(f"dialogue: {job}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The index: each reading of it against what it is meant to know
+
+def mean_of(each: train.Scores, pair: Pair, name: str, tokens: int | None = None) -> np.ndarray:
+    """(2,) mean of the first tokens' log-probability or entropy, of chosen and rejected."""
+    values, cut = getattr(each, name), len(pair.chosen)
+    return np.array([values[:cut][:tokens].mean(), values[cut:][:tokens].mean()])
+
+
+def where_they_part(each: train.Scores, pair: Pair) -> float:
+    """The entropy where the second response first says something else."""
+    shortest = min(len(pair.chosen), len(pair.rejected))
+    same = np.flatnonzero(pair.chosen[:shortest] != pair.rejected[:shortest])
+    return each.entropy[same[0] if len(same) else shortest - 1]
+
+
+def paper_index(scores: list[train.Scores], pairs: list[Pair], vocab_size: int) -> list[float]:
+    """H(x) of each pair."""
+    entropies = np.array([mean_of(each, pair, "entropy") for each, pair in zip(scores, pairs)])     # (P, 2)
+    return dispersion_index(torch.from_numpy(entropies), vocab_size).tolist()
+
+
+# Each is larger where more agreement is expected.
+READINGS = {
+    "the paper's: mean entropy of both": lambda each, pair: -mean_of(each, pair, "entropy").mean(),
+    "of the first token": lambda each, pair: -mean_of(each, pair, "entropy", 1).mean(),
+    "of the first five tokens": lambda each, pair: -mean_of(each, pair, "entropy", 5).mean(),
+    "where the responses part": lambda each, pair: -where_they_part(each, pair),
+    "of the surer side": lambda each, pair: -mean_of(each, pair, "entropy").min(),
+    "difference of the entropies": lambda each, pair: np.abs(np.diff(mean_of(each, pair, "entropy")))[0],
+    "difference of mean log-probabilities": lambda each, pair: np.abs(np.diff(mean_of(each, pair, "logp")))[0],
+    "difference of lengths": lambda each, pair: abs(len(pair.chosen) - len(pair.rejected)),
+}
+
+
+def area(reading: np.ndarray, label: np.ndarray) -> float:
+    """Under the curve: how often a pair with label 1 has the larger reading than one with label 0; ties count half."""
+    values, place = np.unique(reading, return_inverse=True)
+    ones, zeros = (np.bincount(place[label == side], minlength=len(values)) for side in (1, 0))
+    if not ones.sum() or not zeros.sum():
+        return math.nan
+    below = np.cumsum(zeros) - zeros / 2
+    return float((ones * below).sum() / ones.sum() / zeros.sum())
+
+
+def area_se(reading: np.ndarray, label: np.ndarray, group: np.ndarray) -> tuple[float, float]:
+    """The area and its standard error: a bootstrap of 300 draws of whole groups (what hangs together)."""
+    rng, names = np.random.default_rng(0), np.unique(group)
+    members = [np.flatnonzero(group == name) for name in names]
+    drawn = []
+    for _ in range(300):
+        picked = np.concatenate([members[i] for i in rng.integers(0, len(names), len(names))])
+        drawn.append(area(reading[picked], label[picked]))
+    return area(reading, label), float(np.nanstd(drawn))
+
+
+def index(args: argparse.Namespace) -> None:
+    """Needs the files that the other two have made."""
+    task = Task(args, "index")
+    runs = [row for row in read_rows(args.out / "dialogue.jsonl") if row.get("method") == "dpo"]
+    met, split = args.out / "dialogue/train.jsonl", args.out / "dialogue/votes.jsonl"
+    panel = args.out / "sentiment/pairs0.jsonl"
+    truths = {}
+    if runs:
+        # how often dpo's runs had the sign right when they met the pair first: right in most of them, or in few
+        right = [[row["agrees"].get(str(i + 1)) for row in runs] for i in range(len(read_rows(met)))]
+        known = [[x for x in each if x is not None] for each in right]
+        truths["HH: sign right at first sight"] = met, [np.mean(each) > 0.5 if each else None for each in known]
+        truths["PandaLM: people unanimous"] = split, [len(set(row["marks"])) == 1 for row in read_rows(split)]
+    if panel.exists():
+        truths["sentiment: true dispersion"] = panel, [row["kind"] < len(KINDS) / 2 for row in read_rows(panel)]
+    for name, (path, label) in truths.items():
+        if any(row["against"] == name for row in task.rows()):
+            continue
+        pairs = task.pairs(path)
+        scores = score(task.reference, pairs)
+        lines = [int(pair.where.rpartition(":")[2]) - 1 for pair in pairs]
+        label = [label[i] for i in lines]
+        sure = np.array([i for i, each in enumerate(label) if each is not None], dtype=int)
+        if not len(sure):
+            print(f"index: {name}: no pair has an answer to that yet")
+            continue
+        label = np.array([bool(label[i]) for i in sure]).astype(int)
+        records = read_rows(path)
+        group = np.array([records[lines[i]].get("kind", i) for i in sure])
+        values = {reading: np.array([f(each, pair) for each, pair in zip(scores, pairs)])
+                  for reading, f in READINGS.items()}
+        values |= more_readings(values, pairs)
+        for reading, value in values.items():
+            found, se = area_se(value[sure], label, group)
+            task.add({"against": name, "reading": reading, "area": found, "se": se, "pairs": len(sure),
+                      "ones": int(label.sum())})
+        print(f"index: {name}, {len(sure)} pairs", flush=True)
+
+
+def more_readings(values: dict, pairs: list[Pair]) -> dict:
+    """The paper's reading without what the length explains, and averaged over the pairs of a prompt."""
+    paper = values["the paper's: mean entropy of both"]
+    length = np.log([len(pair.chosen) + len(pair.rejected) for pair in pairs])
+    slope, start = np.polyfit(length, paper, 1)
+    prompts = [pair.prompt.tobytes() for pair in pairs]
+    _, place = np.unique(prompts, return_inverse=True)
+    mean = np.bincount(place, paper) / np.bincount(place)
+    return {"the paper's, length-corrected": paper - slope * length - start,
+            "the paper's, mean over a prompt's pairs": mean[place]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. The report
+
+def mean_se(values) -> str:
+    values = np.array(values, dtype=float)
+    if len(values) < 2:
+        return f"{values.mean():+.3f}"
+    return f"{values.mean():+.3f} +- {values.std(ddof=1) / len(values) ** 0.5:.3f}"
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print what the rows say, and draw the frontier."""
+    report_sentiment(args)
+    report_dialogue(args)
+    rows = read_rows(args.out / "index.jsonl")
+    for against in dict.fromkeys(row["against"] for row in rows):
+        here = [row for row in rows if row["against"] == against]
+        print(f"\nindex against {against} ({here[0]['ones']} of {here[0]['pairs']} pairs); area, .5 is chance")
+        for row in here:
+            print(f"  {row['reading']:<42}{row['area']:.3f} +- {row['se']:.3f}")
+
+
+def report_sentiment(args: argparse.Namespace) -> None:
+    rows = [row for row in read_rows(args.out / "sentiment.jsonl") if "score" in row]
+    runs = [row for row in rows if "beta" in row]
+    if not runs:
+        return
+    print("sentiment: mean score against KL, held-out openings\nmethod             beta    KL            score         "
+          "     power         trust")
+    means = []
+    for method in METHODS:
+        for beta in sorted({row["beta"] for row in runs}):
+            here = [row for row in runs if row["method"] == method and row["beta"] == beta]
+            if here:
+                cells = [mean_se([row[key] for row in here]) for key in ("kl", "score", "power")]
+                trust = mean_se([row["trust"] for row in here if row["trust"] is not None] or [math.nan])
+                print(f"{method:<18} {beta:<6} " + "  ".join(cells) + f"  {trust}")
+                means.append({"method": method, "beta": beta, "kl": np.mean([row["kl"] for row in here]),
+                              "score": np.mean([row["score"] for row in here])})
+    reference = [row for row in rows if row["method"] == "reference"]
+    if reference:
+        print(f"reference: score {reference[0]['score']:.3f} +- {reference[0]['score_se']:.3f}")
+    seeds = sorted({row["seed"] for row in runs})
+    for kl in args.kl:
+        print(f"\nat KL {kl}, score minus dpo's, paired by seed")
+        for method in METHODS:
+            both = []
+            for seed in seeds:
+                mine = [{"method": row["method"], "kl": row["kl"], "score": row["score"]} for row in runs
+                        if row["seed"] == seed]
+                here, dpo = at_kl(mine, method, kl), at_kl(mine, "dpo", kl)
+                if here and dpo:
+                    both.append(here["score"] - dpo["score"])
+            if both and method != "dpo":
+                print(f"  {method:<18} {mean_se(both)}  ({len(both)} seeds)")
+    shown = {"dpo": "DPO", "ipo": "IPO", "phi": "MallowsPO-phi", "phi, true": "phi, true dispersion"}
+    rest = {"dpo": "DPO", "theta": "MallowsPO-theta", "phi, learned": "phi, learned", "phi, votes": "phi, three votes"}
+    draw(sorted(means, key=lambda row: row["kl"]),
+         [Panel("kl", "score", "method", names, "KL from the reference (nats)", "mean sentiment", where=(None, None))
+          for names in (shown, rest)], args.out / "sentiment.png")
+
+
+def report_dialogue(args: argparse.Namespace) -> None:
+    runs = [row for row in read_rows(args.out / "dialogue.jsonl") if "log_ratios" in row]
+    if not runs:
+        return
+    seeds = sorted({row["seed"] for row in runs})
+    for name in runs[0]["log_ratios"]:
+        print(f"\ndialogue, {name}: {len(runs[0]['log_ratios'][name])} pairs, {len(seeds)} seeds, learning rate "
+              f"{runs[0]['rate']}")
+        base = np.mean([np.array(row["log_ratios"][name]) > 0 for row in runs if row["method"] == "dpo"], axis=0)
+        for method in METHODS:
+            here = [np.array(row["log_ratios"][name]) for row in runs if row["method"] == method]
+            if here:
+                right = np.mean([each > 0 for each in here], axis=0)                                # (P,)
+                kl = mean_se([row["kl"] for row in runs if row["method"] == method])
+                print(f"  {method:<18} accuracy {right.mean():.3f}, minus dpo's {mean_se(right - base)}; log-ratio "
+                      f"{mean_se(np.mean(here, axis=0))}; KL {kl}")
+    report_quartiles(args, runs)
+    for row in runs:
+        if row["trust"] is not None and row["method"] == "dpo":
+            print(f"  trust in the index, dpo, seed {row['seed']}: {row['trust']:+.2f} +- {row['trust_se']:.2f}")
+
+
+def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
+    """Held-out accuracy, log-ratio and KL in each quarter of the pairs, by the paper's index."""
+    index = next(row["index"]["held-out"] for row in read_rows(args.out / "dialogue.jsonl") if "index" in row)
+    quarters = np.array_split(np.argsort(index)[::-1], 4)
+    print("\nheld-out by quarter of the index, least agreement expected first: accuracy | log-ratio | KL")
+    for method in METHODS:
+        here = [row for row in runs if row["method"] == method]
+        if not here:
+            continue
+        ratio = np.mean([row["log_ratios"]["held-out"] for row in here], axis=0)                    # (P,)
+        right = np.mean([np.array(row["log_ratios"]["held-out"]) > 0 for row in here], axis=0)
+        kl = np.mean([row["kls"] for row in here], axis=0)                                          # of the first
+        cells = []
+        for values in (right, ratio, kl):
+            cells.append([f"{values[part[part < len(values)]].mean():.3f}" for part in quarters])
+        print(f"  {method:<18}" + " | ".join(" ".join(cell) for cell in cells))
+
+
+EXPERIMENTS = {"sentiment": sentiment, "dialogue": dialogue, "index": index, "report": report}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--model", help="Hugging Face folder or name")
+    parser.add_argument("--data", help="of dialogue: a file of preference pairs")
+    parser.add_argument("--votes", help="of dialogue: PandaLM's human test set")
+    parser.add_argument("--out", type=Path, default=Path("out/experiments"))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=4, help="of sentiment: continuations per held-out opening")
+    parser.add_argument("--kl", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="of report: where to compare")
+    parser.add_argument("--part", default="1/1", help="this process's share of the work")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--quick", action="store_true", help="a tiny random model, a few openings or pairs")
+    args = parser.parse_args(argv)
+    args.part = tuple(map(int, args.part.split("/")))
+    if args.experiment != "report" and not (args.model or args.quick):
+        parser.error("--model is missing: a Hugging Face folder or name (or --quick)")
+    if args.experiment == "dialogue" and not (args.data and args.votes):
+        parser.error("--data and --votes are missing: see above")
+    args.out.mkdir(parents=True, exist_ok=True)
+    EXPERIMENTS[args.experiment](args)
+
+
+if __name__ == "__main__":
+    main()
