@@ -14,6 +14,7 @@ is all of it with a tiny random model and a few openings or pairs, in a minute: 
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -265,7 +266,7 @@ def sentiment(args: argparse.Namespace) -> None:
         train.write_jsonl(other, [record for record in records if record["prompt"] in asked])
     rate = task.learning_rate(tune, other, beta=0.1)
     prompts = [task.tokenizer.prompt(text) for _, text in held_out]
-    for job in jobs(args, METHODS, (0.05, 0.1, 0.3)):
+    for job in jobs(args, METHODS, (0.1,) if args.quick else (0.05, 0.1, 0.3)):
         if any(job.items() <= row.items() for row in task.rows()):
             continue
         settings = {**METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
@@ -287,7 +288,7 @@ def jobs(args: argparse.Namespace, methods, betas) -> list[dict]:
 def learned(out: Path) -> dict:
     """What the run says of its index."""
     record = json.loads((out / "run.json").read_text())
-    trust = record["trust"] or {"kappa": None, "se": None}
+    trust = record["trust"] or {"kappa": math.nan, "se": math.nan}
     return {"power": record["dispersion_power"], "trust": trust["kappa"], "trust_se": trust["se"]}
 
 
@@ -507,42 +508,45 @@ def report(args: argparse.Namespace) -> None:
 
 def report_sentiment(args: argparse.Namespace) -> None:
     rows = [row for row in read_rows(args.out / "sentiment.jsonl") if "score" in row]
-    runs = [row for row in rows if "beta" in row]
+    runs, means = [row for row in rows if "beta" in row], []
     if not runs:
         return
-    print("sentiment: mean score against KL, held-out openings\nmethod             beta    KL            score         "
-          "     power         trust")
-    means = []
-    for method in METHODS:
-        for beta in sorted({row["beta"] for row in runs}):
-            here = [row for row in runs if row["method"] == method and row["beta"] == beta]
-            if here:
-                cells = [mean_se([row[key] for row in here]) for key in ("kl", "score", "power")]
-                trust = mean_se([row["trust"] for row in here if row["trust"] is not None] or [math.nan])
-                print(f"{method:<18} {beta:<6} " + "  ".join(cells) + f"  {trust}")
-                means.append({"method": method, "beta": beta, "kl": np.mean([row["kl"] for row in here]),
-                              "score": np.mean([row["score"] for row in here])})
-    reference = [row for row in rows if row["method"] == "reference"]
-    if reference:
-        print(f"reference: score {reference[0]['score']:.3f} +- {reference[0]['score_se']:.3f}")
-    seeds = sorted({row["seed"] for row in runs})
+    print("sentiment: mean score of continuations of held-out openings, against KL; errors of one run's samples\n"
+          f"{'method':<18}{'beta':>5}{'seeds':>7}{'KL':>16}{'score':>18}{'power':>7}{'trust':>16}")
+    for method, beta in itertools.product(METHODS, sorted({row["beta"] for row in runs})):
+        here = [row for row in runs if row["method"] == method and row["beta"] == beta]
+        if not here:
+            continue
+        mean = {key: float(np.mean([row[key] for row in here]))
+                for key in ("kl", "kl_se", "score", "score_se", "power", "trust", "trust_se")}
+        means.append({"method": method, **mean})
+        print("{:<18}{:>5}{:>7}{kl:>9.2f} +- {kl_se:.2f}{score:>10.3f} +- {score_se:.3f}{power:>7.2f}{trust:>+8.2f} +- "
+              "{trust_se:.2f}".format(method, beta, len(here), **mean))
+    for row in rows:
+        if row["method"] == "reference":
+            print(f"reference{row['score']:>47.3f} +- {row['score_se']:.3f}")
     for kl in args.kl:
-        print(f"\nat KL {kl}, score minus dpo's, paired by seed")
         for method in METHODS:
-            both = []
-            for seed in seeds:
-                mine = [{"method": row["method"], "kl": row["kl"], "score": row["score"]} for row in runs
-                        if row["seed"] == seed]
-                here, dpo = at_kl(mine, method, kl), at_kl(mine, "dpo", kl)
-                if here and dpo:
-                    both.append(here["score"] - dpo["score"])
+            both = [compare_at(runs, method, kl, seed) for seed in sorted({row["seed"] for row in runs})]
+            both = [difference for difference in both if difference]
             if both and method != "dpo":
-                print(f"  {method:<18} {mean_se(both)}  ({len(both)} seeds)")
+                error = math.sqrt(sum(se ** 2 for _, se in both)) / len(both)
+                print(f"at KL {kl}, {method}: score minus dpo's {np.mean([change for change, _ in both]):+.3f} +- "
+                      f"{error:.3f} (of the samples; {len(both)} seeds)")
     shown = {"dpo": "DPO", "ipo": "IPO", "phi": "MallowsPO-phi", "phi, true": "phi, true dispersion"}
     rest = {"dpo": "DPO", "theta": "MallowsPO-theta", "phi, learned": "phi, learned", "phi, votes": "phi, three votes"}
     draw(sorted(means, key=lambda row: row["kl"]),
-         [Panel("kl", "score", "method", names, "KL from the reference (nats)", "mean sentiment", where=(None, None))
+         [Panel("kl", "score", "method", names, "KL from the reference (nats)", "mean sentiment")
           for names in (shown, rest)], args.out / "sentiment.png")
+
+
+def compare_at(runs: list[dict], method: str, kl: float, seed: int) -> tuple[float, float] | None:
+    """Score minus dpo's at this KL, between two betas, and its error; None: one of them was not there."""
+    paths = [{key: row[key] for key in ("method", "kl", "score", "score_se")} for row in runs if row["seed"] == seed]
+    mine, dpo = at_kl(paths, method, kl), at_kl(paths, "dpo", kl)
+    if not mine or not dpo:
+        return None
+    return mine["score"] - dpo["score"], math.hypot(mine["score_se"], dpo["score_se"])
 
 
 def report_dialogue(args: argparse.Namespace) -> None:
@@ -563,7 +567,7 @@ def report_dialogue(args: argparse.Namespace) -> None:
                       f"{mean_se(np.mean(here, axis=0))}; KL {kl}")
     report_quartiles(args, runs)
     for row in runs:
-        if row["trust"] is not None and row["method"] == "dpo":
+        if row["method"] == "dpo":
             print(f"  trust in the index, dpo, seed {row['seed']}: {row['trust']:+.2f} +- {row['trust_se']:.2f}")
 
 
@@ -597,7 +601,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/experiments"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=4, help="of sentiment: continuations per held-out opening")
-    parser.add_argument("--kl", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="of report: where to compare")
+    parser.add_argument("--kl", type=float, nargs="+", default=[3.0, 4.5, 5.0], help="of report: where to compare")
     parser.add_argument("--part", default="1/1", help="this process's share of the work")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--max-tokens", type=int, default=512)
