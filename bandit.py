@@ -550,34 +550,6 @@ def shared(opt) -> Result:
     return Result(rows, claims)
 
 
-def noise(opt) -> Result:
-    """What an imprecise index costs: excess log-loss of MallowsPO-phi over DPO's, by the noise r of log lam as a
-    multiple of its spread over 12 prompts.  As it is it loses from r of about 1.2; shrunk by 1 / (1 + r^2), never.
-    """
-    rng = np.random.default_rng(opt.seed)
-    rows, z = [], torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
-    for spread in (.4, .8, 1.3):
-        log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
-        chances = truth(opt.n, log_lam.exp())
-        wins = draw_pairs(rng, chances, (opt.pairs or [256])[0])
-        dpo = excess("sigmoid", fit_policy("sigmoid", wins, log_lam), log_lam, chances)
-        for r in (0, .25, .5, .75, 1, 1.25, 1.5):
-            guess = log_lam + r * spread * torch.from_numpy(rng.standard_normal(log_lam.shape))
-            middle = guess.mean(-1, keepdim=True)
-            for form, power in (("as is", 1), ("shrunk", 1 / (1 + r * r))):
-                index = (middle + power * (guess - middle)).exp().clamp(max=30)
-                u = fit_policy("mallows-phi", wins, index)
-                ratio, se = ratio_se(excess("mallows-phi", u, index, chances), dpo)
-                rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se,
-                             "line": f"{form}, {spread}"})
-    claims = []
-    for r, form in ((.5, "as is"), (1.5, "as is"), (1.5, "shrunk")):
-        ratios = pick(rows, "ratio", r=r, index=form)
-        claims.append((f"phi beats DPO with an index of noise r = {r}, {form}", max(ratios) < 1,
-                       f"{min(ratios):.2f} to {max(ratios):.2f} x DPO's excess"))
-    return Result(rows, claims)
-
-
 def trust(opt) -> Result:
     """How far to trust an index, learned from the pairs as train.py does (--dispersion-power learn): excess log-loss
     over DPO's with the power 1, the learned one and the best of a grid, by the noise r of the index.  A useless index
@@ -1342,8 +1314,6 @@ NAMES = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "mallows-theta": "Mallows
 BEST = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "best possible": "best possible", "ipo": "IPO"}
 INDEX = {"phi, best index": "phi, true index", "dpo": "DPO", "phi, entropy proxy": "phi, entropy proxy",
          "phi, shuffled index": "phi, shuffled index"}
-SPREADS = {"as is, 0.4": "as is, spread 0.4", "shrunk, 0.4": "shrunk, spread 0.4",
-           "as is, 1.3": "as is, spread 1.3", "shrunk, 1.3": "shrunk, spread 1.3"}
 GUESSES = {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "proxy, 10", 100: "proxy, 100"}
 PLACES = {f"{loop}, known": f"{loop}, dispersion known" for loop in ("D2PO", "iterated DPO")}
 PLACES |= {f"{loop}, none": f"{loop}, without" for loop in ("D2PO", "iterated DPO")}
@@ -1375,9 +1345,6 @@ EXPERIMENTS = {
     "shared": Experiment(shared, [
         Panel("pairs", "excess", "index", INDEX, "pairs per prompt", "excess log-loss (mnat)", "xy")],
         ("index",), "pairs", "excess", "se"),
-    "noise": Experiment(noise, [
-        Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread", "excess log-loss / DPO's",
-              guide=1)], ("spread", "index"), "r", "ratio", "se"),
     "trust": Experiment(trust, [
         Panel("r", "ratio", "power", {name: name for name in ("learned", "power 1", "best fixed")},
               "r: noise of the index / its true spread", "excess log-loss / DPO's", guide=1, title="spread 0.8",
