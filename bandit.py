@@ -317,8 +317,9 @@ def exact(opt) -> Result:
                      "variance": distance(variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
                      "favourite": distance(top_choice(n, lam), p @ (ranks == 0).to(F64)),
                      "pair": distance(truth(n, lam)[..., i, j], pair_rates(ranks, p)[..., i, j])})
-    worst = max(row[key] for row in rows for key in row if key != "n")
-    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")])
+    curves = [{"n": row["n"], "of": name, "error": row[name]} for row in rows for name in row if name != "n"]
+    worst = max(pick(curves, "error"))
+    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")], curves)
 
 
 def spearman(opt) -> Result:
@@ -642,7 +643,7 @@ def estimate(opt) -> Result:
         worst = max(worst, distance(lam_of_entropy(entropy, n), fine))
         ordered = ordered and bool((guess.diff() > 0).all())
         curves += table({"n": n, "lam": fine, "guess": guess, "ratio": guess / fine})
-    curves += table({"n": "lam", "lam": fine, "guess": fine})
+    curves += table({"n": "any, inverted", "lam": fine, "guess": fine})
     low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
     return Result(rows, [
         ("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
@@ -926,7 +927,8 @@ def diffusion(opt) -> Result:
         gain, se = mean_se(drift_at(.6, paths["known"], k) - drift_at(.6, paths["none"], k))
         claims.append((f"diffusion, win rate .6: dispersion spares drift where {where}", gain < -2 * se,
                        f"{gain:+.3f} +- {se:.3f}"))
-    return Result([row for row in rows if row["step"] in (10, 50, 100, 150)], claims, rows)
+    curves = [{**row, "half": half, "drift": row[f"{half} drift"]} for half in ("upper", "lower") for row in rows]
+    return Result([row for row in rows if row["step"] in (10, 50, 100, 150)], claims, curves)
 
 
 def drift_at(win_rate: float, path: list[Tensor], k: int) -> Tensor:
@@ -1242,16 +1244,12 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
         told = f"rank correlation of the dispersion index with the true phi: {correlation:.3f}"
     content = {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                "index": index, "questions": population.questions, "runs": runs}
+    columns = ("method", "beta", "power", "kl", "kl_agreed", "kl_disputed", *MEASURES, "elsewhere")
     lines = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names "
              "never trained on; all figures are exact sums",
              told,
              f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}\n",
-             "method               beta  power      KL  (agreed | disputed)  win rate  consensus rank  reward accuracy"
-             "  elsewhere"]
-    for run in runs:
-        lines.append("{method:<19} {beta:>5}  {power:>5.2f}  {kl:>6.3f}  {kl_agreed:>7.3f} | {kl_disputed:<8.3f}  "
-                     "{win_rate:>8.4f}  {consensus_rank:>14.3f}  {reward_accuracy:>15.4f}  {elsewhere:>9.3f}"
-                     .format(**run))
+             lay_out([{name: run[name] for name in columns} for run in runs])]
     if any(run["method"] == "dpo" for run in runs):
         lines += [compare_at(kl, runs) for kl in MATCHED_KL]
     return content, "\n".join(lines)
@@ -1289,150 +1287,106 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 # 8. What to run, to print and to draw.
 
 class Panel(NamedTuple):
+    """A picture of rows: y by x, in a panel for each value of `facet` a line for each value of `by`."""
     x: str
     y: str
-    by: str                   # one line for each value of this key in `lines`, four at most
-    lines: dict               # value: its name
+    by: str
     xlabel: str
     ylabel: str
+    facet: str = ""
     log: str = ""             # which axes are logarithmic
-    guide: float | None = None
-    title: str = ""
-    where: tuple = (None, None)
+    lines: tuple = ()         # the lines to draw, if not the first five
 
 
 class Experiment(NamedTuple):
     run: Callable             # the options -> Result; its docstring is printed
-    panels: list[Panel]
-    down: tuple = ()          # the printed grid has a line for each value of these keys (none: rows as they are)
-    across: str = ""          # and a column for each value of this one
-    value: str = ""           # in it stands this one
-    se: str = ""              # and its standard error
+    panel: Panel
+    grid: bool = True         # printed as it is drawn, y by x; else rows as they are
+    se: str = "se"            # standard error of y
 
 
-NAMES = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "mallows-theta": "MallowsPO-theta", "ipo": "IPO"}
-BEST = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "best possible": "best possible", "ipo": "IPO"}
-INDEX = {"phi, best index": "phi, true index", "dpo": "DPO", "phi, entropy proxy": "phi, entropy proxy",
-         "phi, shuffled index": "phi, shuffled index"}
-GUESSES = {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "proxy, 10", 100: "proxy, 100"}
-PLACES = {f"{loop}, known": f"{loop}, dispersion known" for loop in ("D2PO", "iterated DPO")}
-PLACES |= {f"{loop}, none": f"{loop}, without" for loop in ("D2PO", "iterated DPO")}
-SHAPES = {f"{form} {phi}": f"{form}, phi = {phi}" for phi in (.05, .8) for form in ("ours", "printed")}
-
+INDICES = ("phi, best index", "dpo", "phi, entropy proxy", "phi, shuffled index")
+ONLINE = ("D2PO, known", "iterated DPO, known", "D2PO, none", "iterated DPO, none")
 EXPERIMENTS = {
-    "exact": Experiment(exact, [
-        Panel("n", "pair", "", {"": "pair probability"}, "answers n", "largest error", "y")]),
-    "spearman": Experiment(spearman, [
-        Panel("phi", "largest error", "n", {n: f"{n} answers" for n in (3, 5, 7)},
-              "dispersion phi", "exact probability - theta link, largest")]),
-    "link": Experiment(kendall_link, [
-        Panel("h", "g", "link", SHAPES, "h (ranks)", "g(h), chance to be preferred")]),
-    "optimum": Experiment(optimum, [
-        Panel("phi", "slope", "method", NAMES, "dispersion phi (0: all agree, 1: coin toss)",
-              "learned nats per rank", "y")], ("method",), "phi", "slope"),
-    "growth": Experiment(growth, [
-        Panel("time", "margin", "method", NAMES, "training time (steps x rate)", "margin (nats)", "xy",
-              title=f"phi = {phi}", where=("phi", phi))
-        for phi in (.05, .9)], ("phi", "method"), "time", "margin"),
-    "frontier": Experiment(frontier, [
-        Panel("kl", "place", "method", BEST, "mean KL to the reference (nats)", "mean place (0 best)",
-              title=f"judged by {judge}", where=("judge", judge.split()[-1]))
-        for judge in ("the consensus", "a random annotator")], ("judge", "pairs"), "method", "place", "se"),
-    "samples": Experiment(samples, [
-        Panel("N lam^2", "ratio", "phi", {phi: f"phi = {phi}" for phi in (.95, .9, .8, .7)},
-              "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", "xy", guide=1)],
-        ("phi",), "N lam^2", "ratio", "se"),
-    "shared": Experiment(shared, [
-        Panel("pairs", "excess", "index", INDEX, "pairs per prompt", "excess log-loss (mnat)", "xy")],
-        ("index",), "pairs", "excess", "se"),
-    "trust": Experiment(trust, [
-        Panel("r", "ratio", "power", {name: name for name in ("learned", "power 1", "best fixed")},
-              "r: noise of the index / its true spread", "excess log-loss / DPO's", guide=1, title="spread 0.8",
-              where=("spread", .8))], ("spread", "power"), "r", "ratio", "se"),
-    "estimate": Experiment(estimate, [
-        Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")],
-        ("n", "estimator"), "answers", "rmse", "se"),
-    "online": Experiment(online, [
-        Panel("labels", "place", "line", PLACES, "gold labels per prompt", "mean place (0 best)")],
-        ("loop", "dispersion"), "labels", "place", "se"),
-    "diffusion": Experiment(diffusion, [
-        Panel(f"{half} drift", "win rate", "dispersion", {"known": "with the dispersion", "none": "without"},
-              f"drift, {half} half", "win rate, upper half") for half in ("upper", "lower")]),
-    "people": Experiment(people, [
-        Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs per file",
-              "log-loss minus DPO's (mnat)", "x")], ("items", "index"), "pairs", "minus DPO", "minus DPO se"),
+    "exact": Experiment(exact, Panel("n", "error", "of", "answers n", "largest error", log="y"), grid=False),
+    "spearman": Experiment(spearman, Panel(
+        "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest"), grid=False),
+    "link": Experiment(kendall_link, Panel(
+        "h", "g", "link", "h (ranks)", "g(h), chance to be preferred"), grid=False),
+    "optimum": Experiment(optimum, Panel(
+        "phi", "slope", "method", "dispersion phi (0: all agree, 1: coin toss)", "learned nats per rank", log="y")),
+    "growth": Experiment(growth, Panel(
+        "time", "margin", "method", "training time (steps x rate)", "margin (nats)", facet="phi", log="xy")),
+    "frontier": Experiment(frontier, Panel(
+        "kl", "place", "method", "mean KL to the reference (nats)", "mean place (0 best)", facet="judge"), grid=False),
+    "samples": Experiment(samples, Panel(
+        "N lam^2", "ratio", "phi", "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", log="xy")),
+    "shared": Experiment(shared, Panel(
+        "pairs", "excess", "index", "pairs per prompt", "excess log-loss (mnat)", log="xy", lines=INDICES)),
+    "trust": Experiment(trust, Panel(
+        "r", "ratio", "power", "r: noise of the index / its true spread", "excess log-loss / DPO's", facet="spread")),
+    "estimate": Experiment(estimate, Panel(
+        "lam", "guess", "n", "true lam = -log phi", "estimate, infinite data"), grid=False),
+    "online": Experiment(online, Panel(
+        "labels", "place", "line", "gold labels per prompt", "mean place (0 best)", lines=ONLINE)),
+    "diffusion": Experiment(diffusion, Panel(
+        "drift", "win rate", "dispersion", "drift of the half", "win rate, upper half", facet="half"), grid=False),
+    "people": Experiment(people, Panel(
+        "pairs", "minus DPO", "index", "pairs per file", "log-loss minus DPO's (mnat)", facet="items", log="x",
+        lines=INDICES), se="minus DPO se"),
 }
-# The picture of train.py's demo, from the runs of report.json.
-DEMO_NAMES = {"mallows-phi-learn": "MallowsPO-phi, learned", "dpo": "DPO", "mallows-phi": "MallowsPO-phi"}
-DEMO_PANELS = [Panel("kl", "consensus_rank", "method", DEMO_NAMES, "KL from the reference (nats)",
-                     "place in the common ranking", title="what the consensus gets (down: better)"),
-               Panel("kl", "win_rate", "method", DEMO_NAMES, "KL from the reference (nats)",
-                     "win rate", title="what the average member gets")]
 STYLES = [{"color": "#00633a", "marker": "o", "linestyle": "-", "linewidth": 3.5},
           {"color": "#f76707", "marker": "s", "linestyle": "--", "linewidth": 2.2},
           {"color": "#1864ab", "marker": "^", "linestyle": "-.", "linewidth": 2.2},
-          {"color": "#868e96", "marker": "D", "linestyle": ":", "linewidth": 2.2}]
+          {"color": "#868e96", "marker": "D", "linestyle": ":", "linewidth": 2.2},
+          {"color": "#c2255c", "marker": "v", "linestyle": "-", "linewidth": 1.2}]
 
 
-def show(rows: list[dict], grid: Experiment) -> None:
-    """Print rows as a table."""
-    if grid.down:
-        print(f"  {grid.value} by {grid.across}:")
-        lines = {}
-        for row in rows:
-            start = {key: row[key] for key in grid.down}
-            line = lines.setdefault(tuple(start.values()), start)
-            text = f"{row[grid.value]:.4g}"
-            if row.get(grid.se, 0) > 1e-12:
-                text += f" +-{row[grid.se]:.2g}"
-            line[row[grid.across]] = text
-        rows = list(lines.values())
+def pivot(rows: list[dict], panel: Panel, se: str) -> list[dict]:
+    """y by x: a row for each value of `facet` and `by`, a column for each value of x."""
+    lines = {}
+    for row in rows:
+        start = {key: row[key] for key in (panel.facet, panel.by) if key}
+        text = f"{row[panel.y]:.4g}"
+        if row.get(se, 0) > 1e-12:
+            text += f" +-{row[se]:.2g}"
+        lines.setdefault(tuple(start.values()), start)[row[panel.x]] = text
+    return list(lines.values())
+
+
+def lay_out(rows: list[dict]) -> str:
+    """Rows as the text of a table."""
     head = list(dict.fromkeys(key for row in rows for key in row))
     lines = [head, *([row.get(key, "") for key in head] for row in rows)]
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print("  " + "  ".join(text.rjust(width) for text, width in zip(line, widths)))
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in cells)
 
 
-@functools.cache
-def say_no_picture() -> None:
-    """Once is enough."""
-    print("no pictures: for those, pip install matplotlib")
+say_once = functools.cache(print)
 
 
-def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
+def draw(rows: list[dict], panel: Panel, path: Path) -> None:
     """Save the picture, if matplotlib is there."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
-        say_no_picture()
+        say_once("no pictures: for those, pip install matplotlib")
         return
-    width, dpi = (6.2, 80) if len(panels) == 1 else (5.2 * len(panels), 72)
-    figure = Figure(figsize=(width, 4.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        here = [row for row in rows if row.get(panel.where[0]) == panel.where[1]]
-        found = list(dict.fromkeys(row.get(panel.by, "") for row in here))
-        if not found:
-            axes.set_axis_off()
-            continue
-        known = {key: name for key, name in panel.lines.items() if key in found}
-        for style, key in zip(STYLES, known or found):                                  # four lines at most
-            line = [row for row in here if row.get(panel.by, "") == key]
-            axes.plot(pick(line, panel.x), pick(line, panel.y), label=known.get(key, key),
-                      markevery=max(len(line) // 12, 1), markersize=7, **style)
-        if panel.guide is not None:
-            axes.axhline(panel.guide, color="black", linewidth=1)
-        for name in panel.log:
-            axes.set(**{f"{name}scale": "log"})
-            getattr(axes, f"{name}axis").set_major_formatter("{x:g}")
-        axes.set_xlabel(panel.xlabel, fontsize=15)
-        axes.set_ylabel(panel.ylabel, fontsize=15)
-        axes.set_title(panel.title, fontsize=15)
-        axes.tick_params(labelsize=13)
-        axes.legend(fontsize=13)
+    matplotlib.rcParams["font.size"] = 14
+    facets = list(dict.fromkeys(row.get(panel.facet) for row in rows))
+    figure = matplotlib.figure.Figure(figsize=(5.7 * len(facets), 4.6), dpi=75, layout="constrained")
+    for axes, facet in zip(figure.subplots(1, len(facets), squeeze=False)[0], facets):
+        here = [row for row in rows if row.get(panel.facet) == facet]
+        for style, name in zip(STYLES, panel.lines or dict.fromkeys(pick(here, panel.by))):
+            line = [row for row in here if row[panel.by] == name]
+            axes.plot(pick(line, panel.x), pick(line, panel.y), label=name, markevery=.1, markersize=7, **style)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **{f"{name}scale": "log" for name in panel.log})
+        if panel.facet:
+            axes.set_title(f"{panel.facet} = {facet}")
+        axes.legend(title=panel.by)
         axes.grid(alpha=.3)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path)
 
 
 def number(kind: type, low: float, high: float) -> Callable:
@@ -1479,9 +1433,13 @@ def main():
             record = {"experiment": name, "settings": {**vars(opt), "out": str(opt.out)},
                       **(result.more or {}), "rows": result.rows, "claims": result.claims}
             (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-            if result.rows:
-                show(result.rows, experiment)
-                draw(result.curves or result.rows, experiment.panels, opt.out / f"{name}.png")
+            table = result.rows
+            if experiment.grid and table:
+                print(f"{experiment.panel.y} by {experiment.panel.x}:")
+                table = pivot(table, experiment.panel, experiment.se)
+            if table:
+                print(lay_out(table))
+                draw(result.curves or result.rows, experiment.panel, opt.out / f"{name}.png")
             claims += result.claims
     except BadFile as error:
         parser.exit(2, f"bandit.py: error: {error}\n")
