@@ -20,6 +20,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -951,69 +952,54 @@ class Ballots(NamedTuple):
     voters: int        # all of the file's voters, also those whose order is too short to use
 
 
-def parse_order(text: str, items: int, complete: bool) -> tuple[int, tuple[int, ...]]:
-    """A line `COUNT: a,b,c` as the count and the item numbers; ValueError says what is wrong with it."""
-    if "{" in text:
-        raise ValueError(f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text):
-        raise ValueError(f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
+def need(holds: bool, where: str, problem: str) -> None:
+    if not holds:
+        raise BadFile(f"{where}: {problem}")
+
+
+def parse_order(text: str, items: int, complete: bool, where: str) -> tuple[int, tuple[int, ...]]:
+    """A line `COUNT: a,b,c` as the count and the item numbers."""
+    need("{" not in text, where, f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
+    need(re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text), where,
+         f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
     count, *order = map(int, re.findall("[0-9]+", text))
     for item in order:
-        if not 1 <= item <= items:
-            raise ValueError(f"unknown item {item}; the file has 1 to {items}")
-        if order.count(item) > 1:
-            raise ValueError(f"item {item} is there twice")
-    if complete and len(order) < items:
-        raise ValueError(f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
+        need(1 <= item <= items, where, f"unknown item {item}; the file has 1 to {items}")
+        need(order.count(item) == 1, where, f"item {item} is there twice")
+    need(len(order) == items or not complete, where,
+         f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
     return count, tuple(order)
 
 
 def read_rankings(path: str) -> Ballots:
     """Read a file of `# KEY: VALUE` lines and then orders, `COUNT: a,b,c`, items numbered from 1, best first.
 
-    An order that leaves out one item is complete, that item being last; shorter ones only count as voters.
-    """
-    facts, orders = {}, {}
-    where = f"{path}:1"
-    try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            where = f"{path}:{number}"
-            text = line.decode("utf-8-sig", "replace").strip()
-            if "\ufffd" in text or "\0" in text:
-                raise ValueError("not a text file")
-            fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
-            if fact:
-                if not re.fullmatch("[0-9]{1,9}", fact[2]):
-                    raise ValueError(f"expected a whole number, found {fact[2][:50]!r}")
-                facts[fact[1]] = int(fact[2]), where
-            elif text and text[0] != "#":
-                items, _ = facts.get("ALTERNATIVES", (0, where))
-                if items < 2:
-                    raise ValueError("before the first order expected '# NUMBER ALTERNATIVES: ', 2 or more")
-                count, order = parse_order(text, items, path.endswith(".soc"))
-                if order in orders:
-                    raise ValueError("this order was there before")
-                orders[order] = count
-        if not orders:
-            raise ValueError("the file ends without an order")
-        for key, found in (("VOTERS", sum(orders.values())), ("UNIQUE ORDERS", len(orders))):
-            told, at = facts.get(key, (found, where))
-            if told != found:
-                where = at
-                raise ValueError(f"says {told} {key.lower()}, but the orders below make {found}")
-        full = {}                                                    # the orders that leave out one item at most
-        for order, count in orders.items():
+    An order that leaves out one item is complete, that item being last; shorter ones only count as voters."""
+    facts, votes, full = {}, Counter(), Counter()
+    where, items = f"{path}:1", 0
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        where, text = f"{path}:{number}", line.decode("utf-8-sig", "replace").strip()
+        need("\ufffd" not in text and "\0" not in text, where, "not a text file")
+        fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
+        if fact:
+            need(re.fullmatch("[0-9]{1,9}", fact[2]), where, f"expected a whole number, found {fact[2][:50]!r}")
+            need(fact[1] not in facts, where, "this was said before")
+            facts[fact[1]] = int(fact[2]), where
+        elif text and text[0] != "#":
+            items, _ = facts.get("ALTERNATIVES", (0, where))
+            need(items >= 2, where, "before the first order expected '# NUMBER ALTERNATIVES: ', 2 or more")
+            count, order = parse_order(text, items, path.endswith(".soc"), where)
+            need(order not in votes, where, "this order was there before")
+            votes[order] = count
             if len(order) >= items - 1:
-                order = (*order, *set(range(1, items + 1)).difference(order))
-                full[order] = full.get(order, 0) + count
-        if not full:
-            raise ValueError(f"the file ends without an order of {items - 1} items or more")
-    except ValueError as error:
-        raise BadFile(f"{where}: {error}") from None
-    except OSError as error:
-        raise BadFile(f"{path}: {error.strerror}") from None
+                full[(*order, *set(range(1, items + 1)).difference(order))] += count
+    need(votes, where, "the file ends without an order")
+    for key, found in (("VOTERS", votes.total()), ("UNIQUE ORDERS", len(votes))):
+        told, at = facts.get(key, (found, where))
+        need(told == found, at, f"says {told} {key.lower()}, but the orders below make {found}")
+    need(full, where, f"the file ends without an order of {items - 1} items or more")
     ranks = (torch.tensor(list(full)) - 1).argsort(-1)                                  # (orders, items)
-    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), sum(orders.values()))
+    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), votes.total())
 
 
 def people(opt) -> Result:
@@ -1380,7 +1366,7 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
         here = [row for row in rows if row.get(panel.facet) == facet]
         for style, name in zip(STYLES, panel.lines or dict.fromkeys(pick(here, panel.by))):
             line = [row for row in here if row[panel.by] == name]
-            axes.plot(pick(line, panel.x), pick(line, panel.y), label=name, markevery=.1, markersize=7, **style)
+            axes.plot(pick(line, panel.x), pick(line, panel.y), label=name, markevery=max(len(line) // 12, 1), **style)
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **{f"{name}scale": "log" for name in panel.log})
         if panel.facet:
             axes.set_title(f"{panel.facet} = {facet}")
@@ -1441,10 +1427,8 @@ def main():
                 print(lay_out(table))
                 draw(result.curves or result.rows, experiment.panel, opt.out / f"{name}.png")
             claims += result.claims
-    except BadFile as error:
+    except (BadFile, OSError) as error:
         parser.exit(2, f"bandit.py: error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"bandit.py: error: {error.filename}: {error.strerror}\n")
     print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
     for claim, holds, found in claims:
         verdict = "holds" if holds else "DOES NOT"

@@ -296,6 +296,7 @@ HEAD = "# NUMBER ALTERNATIVES: 3\n"
     (HEAD + "five: 1,2,3\n", 2, "COUNT"),
     (HEAD + "5: 1,2\n", 2, "2 items of 3"),
     (HEAD + "5: 1,2,3\n5: 1,2,3\n", 3, "before"),
+    (HEAD + "5: 1,2,3\n# NUMBER ALTERNATIVES: 4\n", 3, "said before"),
     (HEAD, 1, "without an order"),
     ("", 1, "without an order"),
     ("5: 1,2,3\n", 1, "NUMBER ALTERNATIVES"),
