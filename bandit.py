@@ -653,26 +653,37 @@ def estimate(opt) -> Result:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The neighbours of MallowsPO that need a sampler, a judge or another kind of data, with the same objective.
+# 5. The neighbours of MallowsPO that need a sampler, a judge or another kind of data, with the same objective.  All
+#    chances are torch's own, from its seed; S seeds are S independent runs, side by side.
 
-def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float,
-            watch: Callable | None = None) -> list[Tensor]:
-    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix; watch(parts) after every tenth step."""
+def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float) -> Iterator[list[Tensor]]:
+    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix: the parts after each step."""
     parts = [part.clone().requires_grad_() for part in parts]
     optimizer = torch.optim.Adam(parts, lr=rate)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss(parts).sum().backward()
         optimizer.step()
-        if watch is not None and step % 10 == 0:
-            watch([part.detach() for part in parts])
-    return [part.detach() for part in parts]
+        yield [part.detach() for part in parts]
+
+
+def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """(S,) mean DPO loss of pairs (S, ..., 2), with weights (...)."""
+    flat, weight = logp.reshape(-1, 2), weight.expand(logp.shape[:-1]).reshape(-1)
+    method = mallowspo.LOSSES["dpo"]._replace(beta=beta)
+    loss = mallowspo.objective(method, flat, ref_logp.reshape(-1, 2), torch.ones_like(flat), weight).loss
+    return loss.view(len(logp), -1).mean(-1)
+
+
+def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """APA's (2306.02231): the log-ratio of each answer should be its advantage over the other one, +-1/2, over beta."""
+    gap = weight[..., None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
+    return gap.square().sum(-1).mean((-2, -1))
 
 
 class Crowd:
     """P prompts of several dispersions, people who judge, and policies first(y | x) * exp(u(y) + v(x, y)) / Z over n
-    answers: what is learned of one prompt helps the others, as in a language model.  theta: (S, 1 + P, n) u and v, of
-    each seed."""
+    answers: what is learned of one prompt helps the others, as in a language model.  theta: (S, 1 + P, n) u and v."""
 
     def __init__(self, opt):
         self.lam, self.n = to_lam(opt.phis or np.linspace(.05, .95, 8)), opt.n
@@ -680,10 +691,6 @@ class Crowd:
         # The first policy knows a little: half of the people's favourites, half anything.
         self.first = ((top_choice(self.n, self.lam) + 1 / self.n) / 2).log()            # (P, n)
         self.start = torch.zeros(opt.seeds, 1 + len(self.lam), self.n, dtype=F64)
-        self.generator = torch.Generator().manual_seed(opt.seed)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=F64)
 
     def logp(self, theta: Tensor) -> Tensor:
         """(S, P, n) of every answer."""
@@ -691,13 +698,13 @@ class Crowd:
 
     def draw(self, logp: Tensor, count: int) -> Tensor:
         """(S, P, count, 2) pairs of different answers, as the policy gives them (Gumbel's trick)."""
-        noise = -torch.log(-torch.log(self.random(*logp.shape[:2], count, self.n)))
+        noise = -torch.log(-torch.log(torch.rand(*logp.shape[:2], count, self.n, dtype=F64)))
         return (logp[:, :, None] + noise).topk(2).indices
 
     def judge(self, pairs: Tensor) -> Tensor:
         """The pairs with the answer first that a random person prefers: one gold label each."""
         prompt = torch.arange(len(self.lam))[:, None]
-        agrees = self.random(*pairs.shape[:3]) < self.chances[prompt, pairs[..., 0], pairs[..., 1]]
+        agrees = torch.rand(pairs.shape[:3], dtype=F64) < self.chances[prompt, pairs[..., 0], pairs[..., 1]]
         return torch.where(agrees[..., None], pairs, pairs.flip(-1))
 
     def regret(self, theta: Tensor) -> Tensor:
@@ -708,21 +715,6 @@ class Crowd:
 def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
     """(S, P, n) -> (S, P, count, 2) the values of the answers in these pairs."""
     return values[:, :, None].expand(*pairs.shape[:3], -1).gather(-1, pairs)
-
-
-def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """(S,) mean DPO loss of pairs (S, P, count, 2), with weights (P,)."""
-    flat = logp.reshape(-1, 2)
-    each = weight[:, None].expand(logp.shape[:3]).reshape(-1)
-    method = mallowspo.LOSSES["dpo"]._replace(beta=beta)
-    loss = mallowspo.objective(method, flat, ref_logp.reshape(-1, 2), torch.ones_like(flat), each).loss
-    return loss.view(len(logp), -1).mean(-1)
-
-
-def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """APA's (2306.02231): the log-ratio of each answer should be its advantage over the other one, +-1/2, over beta."""
-    gap = weight[:, None, None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
-    return gap.square().sum(-1).mean((-2, -1))
 
 
 class Loop(NamedTuple):
@@ -746,8 +738,8 @@ def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
 
     def loss(parts):
         scores = of_pairs(parts[0][:, :1] + parts[0][:, 1:], gold)
-        return pair_loss(scores, nothing, weight, 1.0) + .01 * parts[0].square().sum((-2, -1))
-    theta, = descend([crowd.start], loss, 40, .05)
+        return pair_loss(scores, nothing, weight[:, None], 1.0) + .01 * parts[0].square().sum((-2, -1))
+    *_, [theta] = descend([crowd.start], loss, 40, .05)
     return theta[:, :1] + theta[:, 1:]
 
 
@@ -771,8 +763,8 @@ def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
             labelled = torch.where(found[..., :1] >= found[..., 1:], pairs, pairs.flip(-1))
         ref = of_pairs(crowd.logp(crowd.start) if loop.anchored else here, labelled)
         loss = lambda parts, ref=ref, labelled=labelled: loop.loss(
-            of_pairs(crowd.logp(parts[0]), labelled), ref, weight, loop.beta)
-        learned, = descend([theta], loss, 20, .05)
+            of_pairs(crowd.logp(parts[0]), labelled), ref, weight[:, None], loop.beta)
+        *_, [learned] = descend([theta], loss, 20, .05)
         theta, last = learned + loop.momentum * (learned - last), learned
         regret.append(crowd.regret(theta))
     return torch.stack(regret, 1)
@@ -790,7 +782,7 @@ def online(opt) -> Result:
                "entropy": mallowspo.dispersion_weight(entropy, 1.0)}
     for name, loop in LOOPS.items():
         for source, weight in weights.items():
-            crowd = Crowd(opt)                              # so that all meet the same chances
+            torch.manual_seed(opt.seed)                     # so that all meet the same chances
             regret = found[name, source] = run_loop(crowd, loop, weight / weight.mean(), gold, rounds)
             for done in range(rounds + 1):
                 mean, se = mean_se(regret[:, done])
@@ -846,56 +838,50 @@ def nearness(x: Tensor, half: Tensor) -> Tensor:
     return -(x - torch.stack([torch.ones_like(half), half], -1)).norm(dim=-1)
 
 
-class Plane:
-    """Points from four clouds, around (+-1, +-1), and people who prefer the right ones; in the lower half of the plane
-    they disagree.  The half is the prompt."""
-    lam = to_lam([.95, .05]).float()                                                    # of the lower, the upper half
+# Points from four clouds, around (+-1, +-1), and people who prefer the right ones; in the lower half of the plane they
+# disagree.  The half is the prompt.
+HALF_LAM = to_lam([.95, .05]).float()                                                   # of the lower, the upper half
 
-    def __init__(self, opt):
-        self.seeds, self.generator = min(opt.seeds, 8), torch.Generator().manual_seed(opt.seed)
 
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
+def sides(*shape: int) -> Tensor:
+    return 2.0 * torch.randint(2, shape) - 1
 
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator)
 
-    def sides(self, *shape: int) -> Tensor:
-        return 2.0 * torch.randint(2, shape, generator=self.generator) - 1
+def points(half: Tensor) -> Tensor:
+    return torch.stack([sides(*half.shape), half], -1) + .25 * torch.randn(*half.shape, 2)                  # (S, B, 2)
 
-    def points(self, half: Tensor) -> Tensor:
-        return torch.stack([self.sides(*half.shape), half], -1) + .25 * self.normal(*half.shape, 2)     # (S, B, 2)
 
-    def perceptron(self, *sizes: int) -> list[Tensor]:
-        parts = []
-        for wide, next_wide in itertools.pairwise(sizes):
-            parts += [self.normal(self.seeds, wide, next_wide) / wide ** .5, torch.zeros(self.seeds, 1, next_wide)]
-        return parts
+def perceptron(seeds: int, *sizes: int) -> list[Tensor]:
+    parts = []
+    for wide, next_wide in itertools.pairwise(sizes):
+        parts += [torch.randn(seeds, wide, next_wide) / wide ** .5, torch.zeros(seeds, 1, next_wide)]
+    return parts
 
-    def denoising_loss(self, parts: list[Tensor]) -> Tensor:
-        """(S,) what makes the reference."""
-        half, time = self.sides(self.seeds, 256), .98 * self.uniform(self.seeds, 256) + .01
-        noise = self.normal(*half.shape, 2)
-        seen = denoise(parts, mix_noise(self.points(half), noise, time), time, half)
-        return (seen - noise).square().mean((-2, -1))
 
-    def preference_loss(self, parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
-        """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
-        half, time = self.sides(self.seeds, 128), .98 * self.uniform(self.seeds, 128) + .01
-        upper = (half > 0).long()
-        one, two, noise = self.points(half), self.points(half), self.normal(*half.shape, 2)
-        agrees = self.uniform(*half.shape) < torch.sigmoid(self.lam[upper])             # as neighbours in a ranking
-        first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
-        pair = torch.where(first, one, two), torch.where(first, two, one)
+def denoising_loss(parts: list[Tensor]) -> Tensor:
+    """(S,) what makes the reference."""
+    half = sides(len(parts[0]), 256)
+    time, noise = .98 * torch.rand(half.shape) + .01, torch.randn(*half.shape, 2)
+    seen = denoise(parts, mix_noise(points(half), noise, time), time, half)
+    return (seen - noise).square().mean((-2, -1))
 
-        def errors(parts):                      # (S * B, 2) of both points, with the same time and noise
-            seen = [denoise(parts, mix_noise(x, noise, time), time, half) for x in pair]
-            return torch.stack([(each - noise).square().mean(-1) for each in seen], -1).view(-1, 2)
-        with torch.no_grad():
-            before = errors(reference)
-        method = mallowspo.LOSSES["dpo"]._replace(beta=30.0)
-        ones, each = torch.ones_like(before), weight[upper].view(-1)
-        return mallowspo.objective(method, -errors(parts), -before, ones, each).loss.view(self.seeds, -1).mean(-1)
+
+def preference_loss(parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
+    """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
+    half = sides(len(parts[0]), 128)
+    upper, time = (half > 0).long(), .98 * torch.rand(half.shape) + .01
+    one, two = points(half), points(half)
+    noise = torch.randn(*half.shape, 2)
+    agrees = torch.rand(half.shape) < torch.sigmoid(HALF_LAM[upper])                    # as neighbours in a ranking
+    first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
+    pair = torch.where(first, one, two), torch.where(first, two, one)
+
+    def errors(parts):                                  # (S, B, 2) of both points, with the same time and noise
+        seen = [denoise(parts, mix_noise(x, noise, time), time, half) for x in pair]
+        return torch.stack([(each - noise).square().mean(-1) for each in seen], -1)
+    with torch.no_grad():
+        before = errors(reference)
+    return pair_loss(-errors(parts), -before, weight[upper], 30.0)
 
 
 def diffusion(opt) -> Result:
@@ -904,24 +890,24 @@ def diffusion(opt) -> Result:
     the half as the weight of a pair and without: how often a point of the upper half beats one of the reference, and
     how far both halves drift.
     """
-    plane, rows, paths = Plane(opt), [], {}
-    reference = descend(plane.perceptron(5, 48, 48, 2), plane.denoising_loss, 1000, .005)
-    half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(plane.seeds, -1), plane.normal(plane.seeds, 512, 2)
+    torch.manual_seed(opt.seed)
+    seeds, rows, paths = min(opt.seeds, 8), [], {"none": [], "known": []}               # of (3, S)
+    *_, reference = descend(perceptron(seeds, 5, 48, 48, 2), denoising_loss, 1000, .005)
+    half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(seeds, -1), torch.randn(seeds, 512, 2)
     base = sample_points(reference, noise, half)
-    for name, weight in (("none", torch.ones(2)), ("known", plane.lam / plane.lam.mean())):
-        path = paths[name] = []                                                         # of (3, S)
-
-        def watch(parts, name=name, path=path):
+    for name, weight in (("none", torch.ones(2)), ("known", HALF_LAM / HALF_LAM.mean())):
+        loss = functools.partial(preference_loss, reference=reference, weight=weight)
+        for step, parts in enumerate(descend(reference, loss, 150, 2e-4), 1):
+            if step % 10:
+                continue
             x = sample_points(parts, noise, half)
             better = nearness(x, half) > nearness(base.roll(2, 1), half)                # another point of the half
             drift = (x - base).norm(dim=-1)                                             # (S, B)
-            path.append(torch.stack([better[:, 1::2].float().mean(-1), drift[:, 1::2].mean(-1),
-                                     drift[:, ::2].mean(-1)]))
-            mean, se = mean_se(path[-1][0])
-            rows.append({"dispersion": name, "step": 10 * len(path), "win rate": mean, "se": se,
-                         "upper drift": path[-1][1].mean().item(), "lower drift": path[-1][2].mean().item()})
-        loss = functools.partial(plane.preference_loss, reference=reference, weight=weight)
-        descend(reference, loss, 150, 2e-4, watch)
+            won, drifts = better[:, 1::2].float().mean(-1), [drift[:, 1::2].mean(-1), drift[:, ::2].mean(-1)]
+            paths[name].append(torch.stack([won, *drifts]))
+            mean, se = mean_se(won)
+            rows.append({"dispersion": name, "step": step, "win rate": mean, "se": se,
+                         "upper drift": drifts[0].mean().item(), "lower drift": drifts[1].mean().item()})
     won, se = rows[-1]["win rate"], rows[-1]["se"]
     claims = [("diffusion: points become better than the reference's", won > .5 + 2 * se, f"{won:.3f} +- {se:.3f}")]
     for k, where in ((1, "people agree"), (2, "they do not")):
@@ -975,8 +961,8 @@ def read_rankings(path: str) -> Ballots:
     """Read a file of `# KEY: VALUE` lines and then orders, `COUNT: a,b,c`, items numbered from 1, best first.
 
     An order that leaves out one item is complete, that item being last; shorter ones only count as voters."""
-    facts, votes, full = {}, Counter(), Counter()
-    where, items = f"{path}:1", 0
+    where, facts = f"{path}:1", {}
+    votes, full = Counter(), Counter()
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         where, text = f"{path}:{number}", line.decode("utf-8-sig", "replace").strip()
         need("\ufffd" not in text and "\0" not in text, where, "not a text file")
