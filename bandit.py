@@ -515,20 +515,16 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
                "phi, inverted entropy": ("mallows-phi", lam_of_choices(choices)),
                "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # no prompt's own
                "dpo, one policy each": ("sigmoid", lam)}
-    rows, counts = [], opt.pairs or [16, 64, 256, 1024]
+    rows, counts, loss = [], opt.pairs or [16, 64, 256, 1024], {}
     for count in counts:
         wins = draw_pairs(rng, train, count)
         for name, (link, index) in indices.items():
-            if name == "dpo, one policy each":
-                u = fit_policy(link, wins[..., None, :, :], lam[..., None])             # (S, P, n)
-                loss = excess(link, u, lam[..., None], test[..., None, :, :]).mean(-1)
-            else:
-                u = fit_policy(link, wins, index)                                       # (S, n)
-                loss = excess(link, u, index, test)
-            if name == "dpo":               # the first of them
-                dpo = loss
-            mean, se = mean_se(loss)
-            ahead, ahead_se = mean_se(loss - dpo)
+            alone = name == "dpo, one policy each"          # then each prompt is a group of its own
+            group = lambda x, alone=alone: x[:, :, None] if alone else x
+            u = fit_policy(link, group(wins), group(index))                             # (S, n) or (S, P, n)
+            loss[name] = excess(link, u, group(index), group(test)).view(len(lam), -1).mean(-1)
+            mean, se = mean_se(loss[name])
+            ahead, ahead_se = mean_se(loss[name] - loss["dpo"])
             rows.append({"index": name, "pairs": count, "excess": mean, "se": se, "minus DPO": ahead,
                          "minus DPO se": ahead_se, "slope": slope_per_rank(u).mean().item(),
                          "tau": (u[..., i] - u[..., j]).sign().mean().item()})
@@ -576,10 +572,9 @@ def trust(opt) -> Result:
             guess = spread * error if r == "useless" else log_lam + r * spread * error
             index = torch.exp(-guess.exp())                                             # (S, 12)
             power = learned_power(halves, index)                                        # (S, 1)
-            losses = {"power 1": loss(1.0, index), "learned": loss(power, index),
-                      "best fixed": min((loss(p, index) for p in grid), key=lambda x: x.mean())}
-            for name, x in losses.items():
-                ratio, se = ratio_se(x, dpo)
+            for name, powers in (("power 1", [1.0]), ("learned", [power]), ("best fixed", grid)):
+                best = min((loss(p, index) for p in powers), key=lambda x: x.mean())
+                ratio, se = ratio_se(best, dpo)
                 rows.append({"spread": spread, "power": name, "r": r, "ratio": ratio, "se": se,
                              "learned": power.mean().item()})
     learned = [row for row in rows if row["power"] == "learned"]
@@ -601,12 +596,11 @@ def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
         first = (u[:, i] > u[:, j])[:, None]                                            # (S, 1, pairs)
         won, lost = other[..., i, j], other[..., j, i]                                  # (S, P, pairs)
         found.append(torch.stack([torch.where(first, won, lost).sum(-1), torch.where(first, lost, won).sum(-1)], -1))
-    counts, powers = torch.stack(found).sum(0).long(), []                               # (S, P, 2) right, wrong
-    for seed in range(len(index)):
-        agrees = torch.tensor([1.0, 0.0]).repeat(index.shape[1]).repeat_interleave(counts[seed].flatten())
-        kappa = mallowspo.fit_trust(agrees, index[seed].repeat_interleave(counts[seed].sum(-1))).kappa
-        powers.append(min(max(kappa, mallowspo.POWERS[0]), mallowspo.POWERS[1]))
-    return torch.tensor(powers, dtype=F64)[:, None]
+    kappas = []
+    for counts, h in zip(sum(found).long(), index):                                     # (P, 2) right, wrong; (P,)
+        agrees = torch.tensor([1.0, 0.0]).repeat(len(h)).repeat_interleave(counts.flatten())
+        kappas.append(mallowspo.fit_trust(agrees, h.repeat_interleave(counts.sum(-1))).kappa)
+    return torch.tensor(kappas, dtype=F64).clamp(*mallowspo.POWERS)[:, None]
 
 
 def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
@@ -637,17 +631,16 @@ def estimate(opt) -> Result:
                 square, se = mean_se((guess - lam).square().mean(-1))
                 rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5,
                              "se": se / (2 * square ** .5)})
-    worst, ordered = 0.0, True
     for n in (5, 10, 100):
         entropy = favourite_entropy(n, fine)
-        guess = paper_proxy(n, entropy, fine)
-        worst = max(worst, distance(lam_of_entropy(entropy, n), fine))
-        ordered = ordered and bool((guess.diff() > 0).all())
-        curves += table({"n": n, "lam": fine, "guess": guess, "ratio": guess / fine})
+        guess, inverted = paper_proxy(n, entropy, fine), lam_of_entropy(entropy, n)
+        curves += table({"n": n, "lam": fine, "guess": guess, "rise": guess.diff(prepend=torch.zeros(1)),
+                         "ratio": guess / fine, "error": (inverted - fine).abs()})
+    least, worst = min(pick(curves, "rise")), max(pick(curves, "error"))
     curves += table({"n": "any, inverted", "lam": fine, "guess": fine})
     low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
     return Result(rows, [
-        ("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
+        ("the entropy proxy orders prompts by dispersion", least > 0, "strictly, for 5, 10, 100 answers"),
         ("the entropy proxy is proportional to lam", high < 1.1 * low, f"{low:.2f} to {high:.2f} x lam, n = 5"),
         ("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}")], curves)
 
