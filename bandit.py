@@ -14,6 +14,7 @@ neighbours that need a sampler -> 6. real rankings -> 7. a bandit with words, th
 8. what to run, to print and to draw.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -44,8 +45,7 @@ METHODS = {name: mallowspo.LOSSES[name].link for name in ("mallows-phi", "dpo", 
 def log_partition(n: int, lam: Tensor) -> Tensor:
     """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
 
-    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions.
-    """
+    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions."""
     exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
     return exponents.logcumsumexp(-1).sum(-1)
 
@@ -77,8 +77,7 @@ def favourite_entropy(n: int, lam: Tensor) -> Tensor:
 def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
 
-    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0.
-    """
+    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0."""
     mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
     for i in range(2, n + 1):
         cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
@@ -140,8 +139,7 @@ def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
 def lam_of_choices(counts: Tensor) -> Tensor:
     """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
 
-    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite.
-    """
+    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite."""
     n = counts.shape[-1]
     share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
     return lam_of_entropy(torch.special.entr(share).sum(-1), n)
@@ -209,8 +207,7 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
 
     Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects
     people to say, so it is never negative, however bent the link; Levenberg's damping makes every step a gain.
-    That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth.
-    """
+    That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth."""
     n = wins.shape[-1]
     i, j = pairs_of(n)
     wins = wins / wins.sum((-3, -2, -1), keepdim=True)
@@ -325,8 +322,7 @@ def exact(opt) -> Result:
 
 def spearman(opt) -> Result:
     """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers
-    that a person places side by side, too cautious for the others, the more so the more answers and dispute.
-    """
+    that a person places side by side, too cautious for the others, the more so the more answers and dispute."""
     phis, rows = opt.phis or [.05, .3, .5, .7, .9, .95, .99], []
     lam, factors = to_lam(phis)[:, None], torch.linspace(1, 3, 801, dtype=F64)
     for n in (3, 5, 7):
@@ -357,8 +353,7 @@ def as_printed(h: Tensor, lam: Tensor) -> Tensor:
 
 def kendall_link(opt) -> Result:
     """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam,
-    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
-    """
+    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap."""
     h = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)])
     lam = to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.])
     lam, exactly = lam[:, None], lam.to(F64)
@@ -383,8 +378,7 @@ def kendall_link(opt) -> Result:
 
 def optimum(opt) -> Result:
     """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
-    dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do.
-    """
+    dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do."""
     phis, rows, claims = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98], [], []
     lam = to_lam(phis)[:, None]
     for method in opt.methods:
@@ -399,8 +393,7 @@ def optimum(opt) -> Result:
 
 def growth(opt) -> Result:
     """On a pair that nobody disputes no likelihood method stops: the margin grows like log(time).  MallowsPO slows
-    it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded.
-    """
+    it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded."""
     curves, claims = [], []
     grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
     time = np.logspace(0, 8, 33)
@@ -413,8 +406,7 @@ def growth(opt) -> Result:
             margin, speed = grid[:usable].numpy(), speed[:usable].numpy()
             elapsed = np.append(0, np.cumsum(np.diff(margin) * (1 / speed[1:] + 1 / speed[:-1]) / 2))
             now = np.interp(time, elapsed, margin)
-            log_speed = np.interp(now, margin, np.log(speed)).tolist()
-            pace = time * [math.exp(x) for x in log_speed] * (time < elapsed[-1])
+            pace = time * np.exp(np.interp(now, margin, np.log(speed))) * (time < elapsed[-1])
             curves += table({"phi": phi, "method": method, "time": time, "margin": now, "per e-fold": pace})
         if {"mallows-phi", "dpo"} <= set(opt.methods):
             ours = pick(curves, "per e-fold", phi=phi, time=1e6, method="mallows-phi")[0]
@@ -426,8 +418,7 @@ def growth(opt) -> Result:
 
 def frontier(opt) -> Result:
     """What a mean KL of 1/2 nat buys, with one beta for prompts of many dispersions: the answer's mean place, 0 is
-    best.  MallowsPO-phi is on the frontier if the consensus ranks, not if a random annotator does: there IPO is.
-    """
+    best.  MallowsPO-phi is on the frontier if the consensus ranks, not if a random annotator does: there IPO is."""
     lam, rng = to_lam(opt.phis or [.05, .1, .2, .5, .8, .9, .95]), np.random.default_rng(opt.seed)
     chances = truth(opt.n, lam)                                                         # (P, n, n)
     places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
@@ -466,8 +457,7 @@ def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
 
 def samples(opt) -> Result:
     """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Its regret, beta *
-    KL(pi || pi*), over DPO's is above 1 until the N pairs of the prompt reach N * lam^2 of 3 to 8.
-    """
+    KL(pi || pi*), over DPO's is above 1 until the N pairs of the prompt reach N * lam^2 of 3 to 8."""
     phis, rng = opt.phis or [.7, .8, .9, .95], np.random.default_rng(opt.seed)
     lam = to_lam(phis)
     reach = torch.tensor([.1, .3, 1, 2, 3, 6, 10, 30, 100], dtype=F64)[:, None].expand(-1, len(lam))
@@ -501,8 +491,7 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
     """One policy for P prompts, fitted to pairs drawn with the chances `train`, judged by `test`, (S, P, n, n):
     all rows, and index -> its row at 256 pairs.
 
-    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites.
-    """
+    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites."""
     prompts, n = lam.shape[-1], test.shape[-1]
     i, j = pairs_of(n)
     proxy = mallowspo.dispersion_weight(entropy / math.log(n), 1.0)                     # (S, P)
@@ -534,8 +523,7 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
 
 def shared(opt) -> Result:
     """One policy for prompts that differ only in dispersion, as a language model is: log-loss on new pairs beyond
-    the least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none.
-    """
+    the least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none."""
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
     choices = torch.from_numpy(rng.multinomial(64, top_choice(opt.n, lam).numpy())).to(F64)
@@ -551,8 +539,7 @@ def shared(opt) -> Result:
 def trust(opt) -> Result:
     """How far to trust an index, learned from the pairs as train.py does (--dispersion-power learn): excess log-loss
     over DPO's with the power 1, the learned one and the best of a grid, by the noise r of the index.  A useless index
-    gets a power near 0, which is DPO.
-    """
+    gets a power near 0, which is DPO."""
     rng, count, rows = np.random.default_rng(opt.seed), (opt.pairs or [256])[0], []
     z, grid = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12), (0, .25, .5, .75, 1, 1.5)
     for spread in (.4, .8, 1.3):
@@ -612,8 +599,7 @@ def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
 def estimate(opt) -> Result:
     """lam from few answers, root mean square error.  The paper's proxy, -log of the normalised entropy times a
     constant, orders prompts rightly but is not proportional to lam; the inverted entropy is, with a pseudo-count.
-    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)
-    """
+    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)"""
     lam, fine = to_lam(opt.phis or np.arange(1, 20) / 20), to_lam(torch.linspace(.99, .01, 99, dtype=F64))
     rng, size = np.random.default_rng(opt.seed), (opt.seeds, len(lam))
     rows, curves = [], []
@@ -766,8 +752,7 @@ def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
 def online(opt) -> Result:
     """A policy that learns in rounds from people who judge its own answers: mean place of an answer by gold labels per
     prompt.  DPO with the last round's policy as its reference, with momentum (Accelerated PO) or a smaller beta, with a
-    discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight.
-    """
+    discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight."""
     gold, rounds, rows, found = (opt.pairs or [2])[0], 8, [], {}
     crowd = Crowd(opt)
     entropy = torch.special.entr(crowd.first.exp()).sum(-1) / math.log(crowd.n)         # (P,)
@@ -881,8 +866,7 @@ def diffusion(opt) -> Result:
     """Diffusion-DPO (2311.12908): the log-ratio is minus the difference of two denoising errors.  Points come from four
     clouds of a plane, and people prefer those on the right; in the lower half they disagree.  With the dispersion of
     the half as the weight of a pair and without: how often a point of the upper half beats one of the reference, and
-    how far both halves drift.
-    """
+    how far both halves drift."""
     torch.manual_seed(opt.seed)
     seeds, rows, paths = min(opt.seeds, 8), [], {"none": [], "known": []}               # of (3, S)
     *_, reference = descend(perceptron(seeds, 5, 48, 48, 2), denoising_loss, 1000, .005)
@@ -983,8 +967,7 @@ def read_rankings(path: str) -> Ballots:
 
 def people(opt) -> Result:
     """Real rankings: centre, dispersion, how often the item that is k places higher in the centre is preferred.
-    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others.
-    """
+    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others."""
     if not opt.rankings:
         print("  No --rankings given.  PrefLib.org has many; give the .soc or .soi files of a set (00024).")
         return Result([], [], None, {"files": []})
@@ -1113,8 +1096,7 @@ class Population:
         generator = torch.Generator().manual_seed(seed)
         names = torch.randint(len(ASKERS), (count,), generator=generator).tolist()
         turns = math.ceil(count / len(self.phi))
-        rankings = [sample_rankings(turns, 6, -math.log(phi), generator)
-                    for phi in self.phi.tolist()]
+        rankings = [sample_rankings(turns, 6, -math.log(phi), generator) for phi in self.phi.tolist()]
         for i in range(count):
             turn, question = divmod(i, len(self.phi))
             yield question, self.prompt(ASKERS[names[i]], question), rankings[question][turn]
@@ -1143,8 +1125,7 @@ class Population:
         """What a policy does to this population: exact sums over the answers, means over the names and questions, of
         the KL also over the agreed and over the disputed half of the questions.
 
-        logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name.
-        """
+        logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name."""
         p, r = logp.double().log_softmax(-1), ref_logp.double().log_softmax(-1)         # (Q, N, A)
         reward = (logp - ref_logp).double()
         first, second = reward[..., :, None], reward[..., None, :]
@@ -1193,8 +1174,7 @@ MEASURES = {"win_rate": (+1, 0.001), "consensus_rank": (-1, 0.01), "reward_accur
 def report(population: Population, runs: list[dict], records: list[dict]) -> tuple[dict, str]:
     """Compare methods that were trained with several betas: the content of report.json, and a text.
 
-    runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl.
-    """
+    runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl."""
     seen = [[] for _ in population.phi]
     for record in records:
         line = int(record["where"].rpartition(":")[2]) - 1         # the file asks the questions in turn
@@ -1300,22 +1280,19 @@ EXPERIMENTS = {
         "pairs", "minus DPO", "index", "pairs per file", "log-loss minus DPO's (mnat)", facet="items", log="x",
         lines=INDICES), se="minus DPO se"),
 }
-STYLES = [{"color": "#00633a", "marker": "o", "linestyle": "-", "linewidth": 3.5},
-          {"color": "#f76707", "marker": "s", "linestyle": "--", "linewidth": 2.2},
-          {"color": "#1864ab", "marker": "^", "linestyle": "-.", "linewidth": 2.2},
-          {"color": "#868e96", "marker": "D", "linestyle": ":", "linewidth": 2.2},
-          {"color": "#c2255c", "marker": "v", "linestyle": "-", "linewidth": 1.2}]
+STYLES = ("o-", "s--", "^-.", "D:", "v-")
 
 
-def pivot(rows: list[dict], panel: Panel, se: str) -> list[dict]:
+def pivot(rows: list[dict], experiment: Experiment) -> list[dict]:
     """y by x: a row for each value of `facet` and `by`, a column for each value of x."""
-    lines = {}
+    panel, lines = experiment.panel, {}
     for row in rows:
-        start = {key: row[key] for key in (panel.facet, panel.by) if key}
         text = f"{row[panel.y]:.4g}"
-        if row.get(se, 0) > 1e-12:
-            text += f" +-{row[se]:.2g}"
-        lines.setdefault(tuple(start.values()), start)[row[panel.x]] = text
+        if row.get(experiment.se, 0) > 1e-12:
+            text += f" +-{row[experiment.se]:.2g}"
+        start = {key: row[key] for key in (panel.facet, panel.by) if key}
+        line = lines.setdefault(tuple(start.values()), {**start, f"{panel.y} by {panel.x}:": ""})
+        line[row[panel.x]] = text
     return list(lines.values())
 
 
@@ -1345,7 +1322,7 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
         here = [row for row in rows if row.get(panel.facet) == facet]
         for style, name in zip(STYLES, panel.lines or dict.fromkeys(pick(here, panel.by))):
             line = [row for row in here if row[panel.by] == name]
-            axes.plot(pick(line, panel.x), pick(line, panel.y), label=name, markevery=max(len(line) // 12, 1), **style)
+            axes.plot(pick(line, panel.x), pick(line, panel.y), style, label=name, markevery=max(len(line) // 12, 1))
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **{f"{name}scale": "log" for name in panel.log})
         if panel.facet:
             axes.set_title(f"{panel.facet} = {facet}")
@@ -1356,23 +1333,19 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
 
 def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: a number of this kind in [low, high]."""
-    whole = "whole " if kind is int else ""
+    noun = {int: "a whole number", float: "a number"}[kind]
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
     return parse
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage="python bandit.py [EXPERIMENT] [flags]",
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
     flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
@@ -1398,12 +1371,8 @@ def main():
             record = {"experiment": name, "settings": {**vars(opt), "out": str(opt.out)},
                       **(result.more or {}), "rows": result.rows, "claims": result.claims}
             (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-            table = result.rows
-            if experiment.grid and table:
-                print(f"{experiment.panel.y} by {experiment.panel.x}:")
-                table = pivot(table, experiment.panel, experiment.se)
-            if table:
-                print(lay_out(table))
+            if result.rows:
+                print(lay_out(pivot(result.rows, experiment) if experiment.grid else result.rows))
                 draw(result.curves or result.rows, experiment.panel, opt.out / f"{name}.png")
             claims += result.claims
     except (BadFile, OSError) as error:
