@@ -93,19 +93,14 @@ def kendall_distance(ranks: Tensor) -> Tensor:
     return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
 
 
-def spearman_distance(ranks: Tensor) -> Tensor:
-    """Sum over the items of the squared difference between their place and the centre's (Spearman's rho)."""
-    return (ranks - torch.arange(ranks.shape[-1])).square().sum(-1)
-
-
 def enumerate_rankings(n: int) -> Tensor:
     """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
     return torch.tensor(list(itertools.permutations(range(n))))
 
 
-def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor:
+def exact_model(ranks: Tensor, lam: Tensor) -> Tensor:
     """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
-    return torch.softmax(-lam[..., None] * distance(ranks), -1)
+    return torch.softmax(-lam[..., None] * kendall_distance(ranks), -1)
 
 
 def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
@@ -328,7 +323,8 @@ def spearman(opt) -> Result:
     for n in (3, 5, 7):
         i, j = pairs_of(n)
         ranks, gap = enumerate_rankings(n), (j - i).to(F64)
-        p = exact_model(ranks, lam[:, 0], spearman_distance)        # (phis, n!)
+        cost = (ranks - torch.arange(n)).square().sum(-1)             # (n!,) the distance of Spearman's rho
+        p = torch.softmax(-lam * cost, -1)                            # (phis, n!)
         link = torch.exp(-LINKS["mallows-theta"](gap, lam))                             # (phis, pairs)
         above = pair_rates(ranks, p)[..., i, j] - link
         beside = ((ranks[:, i] - ranks[:, j]).abs() == 1).to(F64)                       # (n!, pairs)
@@ -1183,9 +1179,8 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
     known = ~np.isnan(index)                                       # in few steps not every question is asked
     correlation, told = math.nan, "there was no dispersion index"
     if known.sum() > 1:
-        ranks = np.argsort(np.argsort(np.array(index)[known]))
-        true_ranks = np.argsort(np.argsort(population.phi.numpy()[known]))
-        correlation = float(np.corrcoef(ranks, true_ranks)[0, 1])  # Spearman's
+        ranks = np.argsort(np.argsort(np.array(index)[known]))     # phi rises from question to question
+        correlation = float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])                # Spearman's
         told = f"rank correlation of the dispersion index with the true phi: {correlation:.3f}"
     content = {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                "index": index, "questions": population.questions, "runs": runs}
