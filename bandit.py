@@ -291,30 +291,6 @@ def table(columns: dict) -> list[dict]:
     return [dict(zip(columns, row)) for row in zip(*values)]
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def exact(opt) -> Result:
-    """The closed forms of the Kendall model agree with adding up every ranking."""
-    lam, rows = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99]), []
-    for n in range(2, 8):
-        i, j = pairs_of(n)
-        ranks = enumerate_rankings(n)                                         # (n!, n)
-        p = exact_model(ranks, lam)                                           # (phis, n!)
-        cost = kendall_distance(ranks).to(F64)                                # (n!,)
-        log_z, summed = (-lam[:, None] * cost).logsumexp(-1), (p * cost).sum(-1)        # (phis,)
-        mean, variance = distance_moments(n, lam)
-        rows.append({"n": n, "log Z": distance(log_partition(n, lam), log_z),
-                     "mean": distance(mean, summed),
-                     "variance": distance(variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
-                     "favourite": distance(top_choice(n, lam), p @ (ranks == 0).to(F64)),
-                     "pair": distance(truth(n, lam)[..., i, j], pair_rates(ranks, p)[..., i, j])})
-    curves = [{"n": row["n"], "of": name, "error": row[name]} for row in rows for name in row if name != "n"]
-    worst = max(pick(curves, "error"))
-    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")], curves)
-
-
 def spearman(opt) -> Result:
     """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers
     that a person places side by side, too cautious for the others, the more so the more answers and dispute."""
@@ -1248,7 +1224,6 @@ class Experiment(NamedTuple):
 INDICES = ("phi, best index", "dpo", "phi, entropy proxy", "phi, shuffled index")
 ONLINE = ("D2PO, known", "iterated DPO, known", "D2PO, none", "iterated DPO, none")
 EXPERIMENTS = {
-    "exact": Experiment(exact, Panel("n", "error", "of", "answers n", "largest error", log="y"), grid=False),
     "spearman": Experiment(spearman, Panel(
         "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest"), grid=False),
     "link": Experiment(kendall_link, Panel(
