@@ -351,8 +351,9 @@ def kendall_link(opt) -> Result:
 def optimum(opt) -> Result:
     """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
     dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do."""
-    phis, rows, claims = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98], [], []
-    lam = to_lam(phis)[:, None]
+    phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
+    lam, rows = to_lam(phis)[:, None], []
+    claims = []
     for method in opt.methods:
         u = fit_policy(METHODS[method], truth(opt.n, lam), lam)                         # (phis, n)
         slope, best = slope_per_rank(u), torch.softmax(u / opt.beta, -1)[:, 0]
@@ -395,7 +396,8 @@ def frontier(opt) -> Result:
     chances = truth(opt.n, lam)                                                         # (P, n, n)
     places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
               "annotator": chances.sum(-2) - 1 / 2}           # an item's place: how many others are above it
-    rows, curves, claims = [], [], []
+    rows, curves = [], []
+    claims = []
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
         wins = chances
         if count != "infinite":
@@ -476,7 +478,8 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
                "phi, inverted entropy": ("mallows-phi", lam_of_choices(choices)),
                "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # no prompt's own
                "dpo, one policy each": ("sigmoid", lam)}
-    rows, counts, loss = [], opt.pairs or [16, 64, 256, 1024], {}
+    counts = opt.pairs or [16, 64, 256, 1024]
+    rows, loss = [], {}
     for count in counts:
         wins = draw_pairs(rng, train, count)
         for name, (link, index) in indices.items():
@@ -512,7 +515,8 @@ def trust(opt) -> Result:
     """How far to trust an index, learned from the pairs as train.py does (--dispersion-power learn): excess log-loss
     over DPO's with the power 1, the learned one and the best of a grid, by the noise r of the index.  A useless index
     gets a power near 0, which is DPO."""
-    rng, count, rows = np.random.default_rng(opt.seed), (opt.pairs or [256])[0], []
+    rng, rows = np.random.default_rng(opt.seed), []
+    count = (opt.pairs or [256])[0]
     z, grid = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12), (0, .25, .5, .75, 1, 1.5)
     for spread in (.4, .8, 1.3):
         log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
@@ -697,8 +701,9 @@ def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
 def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
              discriminate: Callable = fit_discriminator) -> Tensor:
     """(S, rounds + 1) regret before and after each round of `gold` labels per prompt."""
-    theta, last, regret, judged = crowd.start, crowd.start, [crowd.regret(crowd.start)], []
-    scores = torch.zeros_like(crowd.start[:, 1:])
+    theta = last = crowd.start
+    scores = torch.zeros_like(theta[:, 1:])
+    regret, judged = [crowd.regret(theta)], []
     for _ in range(rounds):
         here = crowd.logp(theta)
         pairs = crowd.draw(here, max(1, loop.silver) * gold)
@@ -725,7 +730,8 @@ def online(opt) -> Result:
     """A policy that learns in rounds from people who judge its own answers: mean place of an answer by gold labels per
     prompt.  DPO with the last round's policy as its reference, with momentum (Accelerated PO) or a smaller beta, with a
     discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight."""
-    gold, rounds, rows, found = (opt.pairs or [2])[0], 8, [], {}
+    gold, rounds = (opt.pairs or [2])[0], 8
+    rows, found = [], {}
     crowd = Crowd(opt)
     entropy = torch.special.entr(crowd.first.exp()).sum(-1) / math.log(crowd.n)         # (P,)
     weights = {"none": torch.ones_like(crowd.lam), "known": crowd.lam,
@@ -840,7 +846,8 @@ def diffusion(opt) -> Result:
     the half as the weight of a pair and without: how often a point of the upper half beats one of the reference, and
     how far both halves drift."""
     torch.manual_seed(opt.seed)
-    seeds, rows, paths = min(opt.seeds, 8), [], {"none": [], "known": []}               # of (3, S)
+    seeds, rows = min(opt.seeds, 8), []
+    paths = {"none": [], "known": []}                                                   # of (3, S)
     *_, reference = descend(perceptron(seeds, 5, 48, 48, 2), denoising_loss, 1000, .005)
     half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(seeds, -1), torch.randn(seeds, 512, 2)
     base = sample_points(reference, noise, half)
