@@ -14,12 +14,14 @@ neighbours that need a sampler -> 6. real rankings -> 7. a bandit with words, th
 8. what to run, to print and to draw.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +45,7 @@ METHODS = {name: mallowspo.LOSSES[name].link for name in ("mallows-phi", "dpo", 
 def log_partition(n: int, lam: Tensor) -> Tensor:
     """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
 
-    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions.
-    """
+    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions."""
     exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
     return exponents.logcumsumexp(-1).sum(-1)
 
@@ -76,8 +77,7 @@ def favourite_entropy(n: int, lam: Tensor) -> Tensor:
 def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
 
-    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0.
-    """
+    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0."""
     mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
     for i in range(2, n + 1):
         cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
@@ -93,19 +93,14 @@ def kendall_distance(ranks: Tensor) -> Tensor:
     return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
 
 
-def spearman_distance(ranks: Tensor) -> Tensor:
-    """Sum over the items of the squared difference between their place and the centre's (Spearman's rho)."""
-    return (ranks - torch.arange(ranks.shape[-1])).square().sum(-1)
-
-
 def enumerate_rankings(n: int) -> Tensor:
     """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
     return torch.tensor(list(itertools.permutations(range(n))))
 
 
-def exact_model(ranks: Tensor, lam: Tensor, distance=kendall_distance) -> Tensor:
+def exact_model(ranks: Tensor, lam: Tensor) -> Tensor:
     """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
-    return torch.softmax(-lam[..., None] * distance(ranks), -1)
+    return torch.softmax(-lam[..., None] * kendall_distance(ranks), -1)
 
 
 def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
@@ -139,8 +134,7 @@ def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
 def lam_of_choices(counts: Tensor) -> Tensor:
     """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
 
-    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite.
-    """
+    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite."""
     n = counts.shape[-1]
     share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
     return lam_of_entropy(torch.special.entr(share).sum(-1), n)
@@ -208,8 +202,7 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
 
     Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects
     people to say, so it is never negative, however bent the link; Levenberg's damping makes every step a gain.
-    That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth.
-    """
+    That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth."""
     n = wins.shape[-1]
     i, j = pairs_of(n)
     wins = wins / wins.sum((-3, -2, -1), keepdim=True)
@@ -298,39 +291,16 @@ def table(columns: dict) -> list[dict]:
     return [dict(zip(columns, row)) for row in zip(*values)]
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def exact(opt) -> Result:
-    """The closed forms of the Kendall model agree with adding up every ranking."""
-    lam, rows = to_lam(opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99]), []
-    for n in range(2, 8):
-        i, j = pairs_of(n)
-        ranks = enumerate_rankings(n)                                         # (n!, n)
-        p = exact_model(ranks, lam)                                           # (phis, n!)
-        cost = kendall_distance(ranks).to(F64)                                # (n!,)
-        log_z, summed = (-lam[:, None] * cost).logsumexp(-1), (p * cost).sum(-1)        # (phis,)
-        mean, variance = distance_moments(n, lam)
-        rows.append({"n": n, "log Z": distance(log_partition(n, lam), log_z),
-                     "mean": distance(mean, summed),
-                     "variance": distance(variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
-                     "favourite": distance(top_choice(n, lam), p @ (ranks == 0).to(F64)),
-                     "pair": distance(truth(n, lam)[..., i, j], pair_rates(ranks, p)[..., i, j])})
-    worst = max(row[key] for row in rows for key in row if key != "n")
-    return Result(rows, [("Kendall's closed forms are exact", worst < 1e-12, f"error {worst:.0e}, n = 2 to 7")])
-
-
 def spearman(opt) -> Result:
     """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers
-    that a person places side by side, too cautious for the others, the more so the more answers and dispute.
-    """
+    that a person places side by side, too cautious for the others, the more so the more answers and dispute."""
     phis, rows = opt.phis or [.05, .3, .5, .7, .9, .95, .99], []
     lam, factors = to_lam(phis)[:, None], torch.linspace(1, 3, 801, dtype=F64)
     for n in (3, 5, 7):
         i, j = pairs_of(n)
         ranks, gap = enumerate_rankings(n), (j - i).to(F64)
-        p = exact_model(ranks, lam[:, 0], spearman_distance)        # (phis, n!)
+        cost = (ranks - torch.arange(n)).square().sum(-1)             # (n!,) the distance of Spearman's rho
+        p = torch.softmax(-lam * cost, -1)                            # (phis, n!)
         link = torch.exp(-LINKS["mallows-theta"](gap, lam))                             # (phis, pairs)
         above = pair_rates(ranks, p)[..., i, j] - link
         beside = ((ranks[:, i] - ranks[:, j]).abs() == 1).to(F64)                       # (n!, pairs)
@@ -355,8 +325,7 @@ def as_printed(h: Tensor, lam: Tensor) -> Tensor:
 
 def kendall_link(opt) -> Result:
     """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam,
-    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap.
-    """
+    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap."""
     h = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)])
     lam = to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.])
     lam, exactly = lam[:, None], lam.to(F64)
@@ -381,10 +350,10 @@ def kendall_link(opt) -> Result:
 
 def optimum(opt) -> Result:
     """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
-    dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do.
-    """
-    phis, rows, claims = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98], [], []
-    lam = to_lam(phis)[:, None]
+    dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do."""
+    phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
+    lam, rows = to_lam(phis)[:, None], []
+    claims = []
     for method in opt.methods:
         u = fit_policy(METHODS[method], truth(opt.n, lam), lam)                         # (phis, n)
         slope, best = slope_per_rank(u), torch.softmax(u / opt.beta, -1)[:, 0]
@@ -397,8 +366,7 @@ def optimum(opt) -> Result:
 
 def growth(opt) -> Result:
     """On a pair that nobody disputes no likelihood method stops: the margin grows like log(time).  MallowsPO slows
-    it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded.
-    """
+    it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded."""
     curves, claims = [], []
     grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
     time = np.logspace(0, 8, 33)
@@ -411,8 +379,7 @@ def growth(opt) -> Result:
             margin, speed = grid[:usable].numpy(), speed[:usable].numpy()
             elapsed = np.append(0, np.cumsum(np.diff(margin) * (1 / speed[1:] + 1 / speed[:-1]) / 2))
             now = np.interp(time, elapsed, margin)
-            log_speed = np.interp(now, margin, np.log(speed)).tolist()
-            pace = time * [math.exp(x) for x in log_speed] * (time < elapsed[-1])
+            pace = time * np.exp(np.interp(now, margin, np.log(speed))) * (time < elapsed[-1])
             curves += table({"phi": phi, "method": method, "time": time, "margin": now, "per e-fold": pace})
         if {"mallows-phi", "dpo"} <= set(opt.methods):
             ours = pick(curves, "per e-fold", phi=phi, time=1e6, method="mallows-phi")[0]
@@ -424,13 +391,13 @@ def growth(opt) -> Result:
 
 def frontier(opt) -> Result:
     """What a mean KL of 1/2 nat buys, with one beta for prompts of many dispersions: the answer's mean place, 0 is
-    best.  MallowsPO-phi is on the frontier if the consensus ranks, not if a random annotator does: there IPO is.
-    """
+    best.  MallowsPO-phi is on the frontier if the consensus ranks, not if a random annotator does: there IPO is."""
     lam, rng = to_lam(opt.phis or [.05, .1, .2, .5, .8, .9, .95]), np.random.default_rng(opt.seed)
     chances = truth(opt.n, lam)                                                         # (P, n, n)
     places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
               "annotator": chances.sum(-2) - 1 / 2}           # an item's place: how many others are above it
-    rows, curves, claims = [], [], []
+    rows, curves = [], []
+    claims = []
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
         wins = chances
         if count != "infinite":
@@ -464,8 +431,7 @@ def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
 
 def samples(opt) -> Result:
     """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Its regret, beta *
-    KL(pi || pi*), over DPO's is above 1 until the N pairs of the prompt reach N * lam^2 of 3 to 8.
-    """
+    KL(pi || pi*), over DPO's is above 1 until the N pairs of the prompt reach N * lam^2 of 3 to 8."""
     phis, rng = opt.phis or [.7, .8, .9, .95], np.random.default_rng(opt.seed)
     lam = to_lam(phis)
     reach = torch.tensor([.1, .3, 1, 2, 3, 6, 10, 30, 100], dtype=F64)[:, None].expand(-1, len(lam))
@@ -499,8 +465,7 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
     """One policy for P prompts, fitted to pairs drawn with the chances `train`, judged by `test`, (S, P, n, n):
     all rows, and index -> its row at 256 pairs.
 
-    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites.
-    """
+    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites."""
     prompts, n = lam.shape[-1], test.shape[-1]
     i, j = pairs_of(n)
     proxy = mallowspo.dispersion_weight(entropy / math.log(n), 1.0)                     # (S, P)
@@ -513,20 +478,17 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
                "phi, inverted entropy": ("mallows-phi", lam_of_choices(choices)),
                "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # no prompt's own
                "dpo, one policy each": ("sigmoid", lam)}
-    rows, counts = [], opt.pairs or [16, 64, 256, 1024]
+    counts = opt.pairs or [16, 64, 256, 1024]
+    rows, loss = [], {}
     for count in counts:
         wins = draw_pairs(rng, train, count)
         for name, (link, index) in indices.items():
-            if name == "dpo, one policy each":
-                u = fit_policy(link, wins[..., None, :, :], lam[..., None])             # (S, P, n)
-                loss = excess(link, u, lam[..., None], test[..., None, :, :]).mean(-1)
-            else:
-                u = fit_policy(link, wins, index)                                       # (S, n)
-                loss = excess(link, u, index, test)
-            if name == "dpo":               # the first of them
-                dpo = loss
-            mean, se = mean_se(loss)
-            ahead, ahead_se = mean_se(loss - dpo)
+            alone = name == "dpo, one policy each"          # then each prompt is a group of its own
+            group = lambda x, alone=alone: x[:, :, None] if alone else x
+            u = fit_policy(link, group(wins), group(index))                             # (S, n) or (S, P, n)
+            loss[name] = excess(link, u, group(index), group(test)).view(len(lam), -1).mean(-1)
+            mean, se = mean_se(loss[name])
+            ahead, ahead_se = mean_se(loss[name] - loss["dpo"])
             rows.append({"index": name, "pairs": count, "excess": mean, "se": se, "minus DPO": ahead,
                          "minus DPO se": ahead_se, "slope": slope_per_rank(u).mean().item(),
                          "tau": (u[..., i] - u[..., j]).sign().mean().item()})
@@ -536,8 +498,7 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
 
 def shared(opt) -> Result:
     """One policy for prompts that differ only in dispersion, as a language model is: log-loss on new pairs beyond
-    the least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none.
-    """
+    the least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none."""
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
     choices = torch.from_numpy(rng.multinomial(64, top_choice(opt.n, lam).numpy())).to(F64)
@@ -550,40 +511,12 @@ def shared(opt) -> Result:
     return Result(rows, claims)
 
 
-def noise(opt) -> Result:
-    """What an imprecise index costs: excess log-loss of MallowsPO-phi over DPO's, by the noise r of log lam as a
-    multiple of its spread over 12 prompts.  As it is it loses from r of about 1.2; shrunk by 1 / (1 + r^2), never.
-    """
-    rng = np.random.default_rng(opt.seed)
-    rows, z = [], torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12)
-    for spread in (.4, .8, 1.3):
-        log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
-        chances = truth(opt.n, log_lam.exp())
-        wins = draw_pairs(rng, chances, (opt.pairs or [256])[0])
-        dpo = excess("sigmoid", fit_policy("sigmoid", wins, log_lam), log_lam, chances)
-        for r in (0, .25, .5, .75, 1, 1.25, 1.5):
-            guess = log_lam + r * spread * torch.from_numpy(rng.standard_normal(log_lam.shape))
-            middle = guess.mean(-1, keepdim=True)
-            for form, power in (("as is", 1), ("shrunk", 1 / (1 + r * r))):
-                index = (middle + power * (guess - middle)).exp().clamp(max=30)
-                u = fit_policy("mallows-phi", wins, index)
-                ratio, se = ratio_se(excess("mallows-phi", u, index, chances), dpo)
-                rows.append({"spread": spread, "index": form, "r": r, "ratio": ratio, "se": se,
-                             "line": f"{form}, {spread}"})
-    claims = []
-    for r, form in ((.5, "as is"), (1.5, "as is"), (1.5, "shrunk")):
-        ratios = pick(rows, "ratio", r=r, index=form)
-        claims.append((f"phi beats DPO with an index of noise r = {r}, {form}", max(ratios) < 1,
-                       f"{min(ratios):.2f} to {max(ratios):.2f} x DPO's excess"))
-    return Result(rows, claims)
-
-
 def trust(opt) -> Result:
     """How far to trust an index, learned from the pairs as train.py does (--dispersion-power learn): excess log-loss
     over DPO's with the power 1, the learned one and the best of a grid, by the noise r of the index.  A useless index
-    gets a power near 0, which is DPO.
-    """
-    rng, count, rows = np.random.default_rng(opt.seed), (opt.pairs or [256])[0], []
+    gets a power near 0, which is DPO."""
+    rng, rows = np.random.default_rng(opt.seed), []
+    count = (opt.pairs or [256])[0]
     z, grid = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12), (0, .25, .5, .75, 1, 1.5)
     for spread in (.4, .8, 1.3):
         log_lam = (math.log(.7) + spread * z / z.std(correction=0)).expand(opt.seeds, -1)   # (S, 12)
@@ -602,10 +535,9 @@ def trust(opt) -> Result:
             guess = spread * error if r == "useless" else log_lam + r * spread * error
             index = torch.exp(-guess.exp())                                             # (S, 12)
             power = learned_power(halves, index)                                        # (S, 1)
-            losses = {"power 1": loss(1.0, index), "learned": loss(power, index),
-                      "best fixed": min((loss(p, index) for p in grid), key=lambda x: x.mean())}
-            for name, x in losses.items():
-                ratio, se = ratio_se(x, dpo)
+            for name, powers in (("power 1", [1.0]), ("learned", [power]), ("best fixed", grid)):
+                best = min((loss(p, index) for p in powers), key=lambda x: x.mean())
+                ratio, se = ratio_se(best, dpo)
                 rows.append({"spread": spread, "power": name, "r": r, "ratio": ratio, "se": se,
                              "learned": power.mean().item()})
     learned = [row for row in rows if row["power"] == "learned"]
@@ -627,12 +559,11 @@ def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
         first = (u[:, i] > u[:, j])[:, None]                                            # (S, 1, pairs)
         won, lost = other[..., i, j], other[..., j, i]                                  # (S, P, pairs)
         found.append(torch.stack([torch.where(first, won, lost).sum(-1), torch.where(first, lost, won).sum(-1)], -1))
-    counts, powers = torch.stack(found).sum(0).long(), []                               # (S, P, 2) right, wrong
-    for seed in range(len(index)):
-        agrees = torch.tensor([1.0, 0.0]).repeat(index.shape[1]).repeat_interleave(counts[seed].flatten())
-        kappa = mallowspo.fit_trust(agrees, index[seed].repeat_interleave(counts[seed].sum(-1))).kappa
-        powers.append(min(max(kappa, mallowspo.POWERS[0]), mallowspo.POWERS[1]))
-    return torch.tensor(powers, dtype=F64)[:, None]
+    kappas = []
+    for counts, h in zip(sum(found).long(), index):                                     # (P, 2) right, wrong; (P,)
+        agrees = torch.tensor([1.0, 0.0]).repeat(len(h)).repeat_interleave(counts.flatten())
+        kappas.append(mallowspo.fit_trust(agrees, h.repeat_interleave(counts.sum(-1))).kappa)
+    return torch.tensor(kappas, dtype=F64).clamp(*mallowspo.POWERS)[:, None]
 
 
 def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
@@ -644,8 +575,7 @@ def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
 def estimate(opt) -> Result:
     """lam from few answers, root mean square error.  The paper's proxy, -log of the normalised entropy times a
     constant, orders prompts rightly but is not proportional to lam; the inverted entropy is, with a pseudo-count.
-    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)
-    """
+    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)"""
     lam, fine = to_lam(opt.phis or np.arange(1, 20) / 20), to_lam(torch.linspace(.99, .01, 99, dtype=F64))
     rng, size = np.random.default_rng(opt.seed), (opt.seeds, len(lam))
     rows, curves = [], []
@@ -663,42 +593,52 @@ def estimate(opt) -> Result:
                 square, se = mean_se((guess - lam).square().mean(-1))
                 rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5,
                              "se": se / (2 * square ** .5)})
-    worst, ordered = 0.0, True
     for n in (5, 10, 100):
         entropy = favourite_entropy(n, fine)
-        guess = paper_proxy(n, entropy, fine)
-        worst = max(worst, distance(lam_of_entropy(entropy, n), fine))
-        ordered = ordered and bool((guess.diff() > 0).all())
-        curves += table({"n": n, "lam": fine, "guess": guess, "ratio": guess / fine})
-    curves += table({"n": "lam", "lam": fine, "guess": fine})
+        guess, inverted = paper_proxy(n, entropy, fine), lam_of_entropy(entropy, n)
+        curves += table({"n": n, "lam": fine, "guess": guess, "rise": guess.diff(prepend=torch.zeros(1)),
+                         "ratio": guess / fine, "error": (inverted - fine).abs()})
+    least, worst = min(pick(curves, "rise")), max(pick(curves, "error"))
+    curves += table({"n": "any, inverted", "lam": fine, "guess": fine})
     low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
     return Result(rows, [
-        ("the entropy proxy orders prompts by dispersion", ordered, "strictly, for 5, 10, 100 answers"),
+        ("the entropy proxy orders prompts by dispersion", least > 0, "strictly, for 5, 10, 100 answers"),
         ("the entropy proxy is proportional to lam", high < 1.1 * low, f"{low:.2f} to {high:.2f} x lam, n = 5"),
         ("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}")], curves)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The neighbours of MallowsPO that need a sampler, a judge or another kind of data, with the same objective.
+# 5. The neighbours of MallowsPO that need a sampler, a judge or another kind of data, with the same objective.  All
+#    chances are torch's own, from its seed; S seeds are S independent runs, side by side.
 
-def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float,
-            watch: Callable | None = None) -> list[Tensor]:
-    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix; watch(parts) after every tenth step."""
+def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float) -> Iterator[list[Tensor]]:
+    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix: the parts after each step."""
     parts = [part.clone().requires_grad_() for part in parts]
     optimizer = torch.optim.Adam(parts, lr=rate)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss(parts).sum().backward()
         optimizer.step()
-        if watch is not None and step % 10 == 0:
-            watch([part.detach() for part in parts])
-    return [part.detach() for part in parts]
+        yield [part.detach() for part in parts]
+
+
+def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """(S,) mean DPO loss of pairs (S, ..., 2), with weights (...)."""
+    flat, weight = logp.reshape(-1, 2), weight.expand(logp.shape[:-1]).reshape(-1)
+    method = mallowspo.LOSSES["dpo"]._replace(beta=beta)
+    loss = mallowspo.objective(method, flat, ref_logp.reshape(-1, 2), torch.ones_like(flat), weight).loss
+    return loss.view(len(logp), -1).mean(-1)
+
+
+def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """APA's (2306.02231): the log-ratio of each answer should be its advantage over the other one, +-1/2, over beta."""
+    gap = weight[..., None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
+    return gap.square().sum(-1).mean((-2, -1))
 
 
 class Crowd:
     """P prompts of several dispersions, people who judge, and policies first(y | x) * exp(u(y) + v(x, y)) / Z over n
-    answers: what is learned of one prompt helps the others, as in a language model.  theta: (S, 1 + P, n) u and v, of
-    each seed."""
+    answers: what is learned of one prompt helps the others, as in a language model.  theta: (S, 1 + P, n) u and v."""
 
     def __init__(self, opt):
         self.lam, self.n = to_lam(opt.phis or np.linspace(.05, .95, 8)), opt.n
@@ -706,10 +646,6 @@ class Crowd:
         # The first policy knows a little: half of the people's favourites, half anything.
         self.first = ((top_choice(self.n, self.lam) + 1 / self.n) / 2).log()            # (P, n)
         self.start = torch.zeros(opt.seeds, 1 + len(self.lam), self.n, dtype=F64)
-        self.generator = torch.Generator().manual_seed(opt.seed)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=F64)
 
     def logp(self, theta: Tensor) -> Tensor:
         """(S, P, n) of every answer."""
@@ -717,13 +653,13 @@ class Crowd:
 
     def draw(self, logp: Tensor, count: int) -> Tensor:
         """(S, P, count, 2) pairs of different answers, as the policy gives them (Gumbel's trick)."""
-        noise = -torch.log(-torch.log(self.random(*logp.shape[:2], count, self.n)))
+        noise = -torch.log(-torch.log(torch.rand(*logp.shape[:2], count, self.n, dtype=F64)))
         return (logp[:, :, None] + noise).topk(2).indices
 
     def judge(self, pairs: Tensor) -> Tensor:
         """The pairs with the answer first that a random person prefers: one gold label each."""
         prompt = torch.arange(len(self.lam))[:, None]
-        agrees = self.random(*pairs.shape[:3]) < self.chances[prompt, pairs[..., 0], pairs[..., 1]]
+        agrees = torch.rand(pairs.shape[:3], dtype=F64) < self.chances[prompt, pairs[..., 0], pairs[..., 1]]
         return torch.where(agrees[..., None], pairs, pairs.flip(-1))
 
     def regret(self, theta: Tensor) -> Tensor:
@@ -734,21 +670,6 @@ class Crowd:
 def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
     """(S, P, n) -> (S, P, count, 2) the values of the answers in these pairs."""
     return values[:, :, None].expand(*pairs.shape[:3], -1).gather(-1, pairs)
-
-
-def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """(S,) mean DPO loss of pairs (S, P, count, 2), with weights (P,)."""
-    flat = logp.reshape(-1, 2)
-    each = weight[:, None].expand(logp.shape[:3]).reshape(-1)
-    method = mallowspo.LOSSES["dpo"]._replace(beta=beta)
-    loss = mallowspo.objective(method, flat, ref_logp.reshape(-1, 2), torch.ones_like(flat), each).loss
-    return loss.view(len(logp), -1).mean(-1)
-
-
-def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """APA's (2306.02231): the log-ratio of each answer should be its advantage over the other one, +-1/2, over beta."""
-    gap = weight[:, None, None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
-    return gap.square().sum(-1).mean((-2, -1))
 
 
 class Loop(NamedTuple):
@@ -772,16 +693,17 @@ def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
 
     def loss(parts):
         scores = of_pairs(parts[0][:, :1] + parts[0][:, 1:], gold)
-        return pair_loss(scores, nothing, weight, 1.0) + .01 * parts[0].square().sum((-2, -1))
-    theta, = descend([crowd.start], loss, 40, .05)
+        return pair_loss(scores, nothing, weight[:, None], 1.0) + .01 * parts[0].square().sum((-2, -1))
+    *_, [theta] = descend([crowd.start], loss, 40, .05)
     return theta[:, :1] + theta[:, 1:]
 
 
 def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
              discriminate: Callable = fit_discriminator) -> Tensor:
     """(S, rounds + 1) regret before and after each round of `gold` labels per prompt."""
-    theta, last, regret, judged = crowd.start, crowd.start, [crowd.regret(crowd.start)], []
-    scores = torch.zeros_like(crowd.start[:, 1:])
+    theta = last = crowd.start
+    scores = torch.zeros_like(theta[:, 1:])
+    regret, judged = [crowd.regret(theta)], []
     for _ in range(rounds):
         here = crowd.logp(theta)
         pairs = crowd.draw(here, max(1, loop.silver) * gold)
@@ -797,8 +719,8 @@ def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
             labelled = torch.where(found[..., :1] >= found[..., 1:], pairs, pairs.flip(-1))
         ref = of_pairs(crowd.logp(crowd.start) if loop.anchored else here, labelled)
         loss = lambda parts, ref=ref, labelled=labelled: loop.loss(
-            of_pairs(crowd.logp(parts[0]), labelled), ref, weight, loop.beta)
-        learned, = descend([theta], loss, 20, .05)
+            of_pairs(crowd.logp(parts[0]), labelled), ref, weight[:, None], loop.beta)
+        *_, [learned] = descend([theta], loss, 20, .05)
         theta, last = learned + loop.momentum * (learned - last), learned
         regret.append(crowd.regret(theta))
     return torch.stack(regret, 1)
@@ -807,16 +729,16 @@ def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
 def online(opt) -> Result:
     """A policy that learns in rounds from people who judge its own answers: mean place of an answer by gold labels per
     prompt.  DPO with the last round's policy as its reference, with momentum (Accelerated PO) or a smaller beta, with a
-    discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight.
-    """
-    gold, rounds, rows, found = (opt.pairs or [2])[0], 8, [], {}
+    discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight."""
+    gold, rounds = (opt.pairs or [2])[0], 8
+    rows, found = [], {}
     crowd = Crowd(opt)
     entropy = torch.special.entr(crowd.first.exp()).sum(-1) / math.log(crowd.n)         # (P,)
     weights = {"none": torch.ones_like(crowd.lam), "known": crowd.lam,
                "entropy": mallowspo.dispersion_weight(entropy, 1.0)}
     for name, loop in LOOPS.items():
         for source, weight in weights.items():
-            crowd = Crowd(opt)                              # so that all meet the same chances
+            torch.manual_seed(opt.seed)                     # so that all meet the same chances
             regret = found[name, source] = run_loop(crowd, loop, weight / weight.mean(), gold, rounds)
             for done in range(rounds + 1):
                 mean, se = mean_se(regret[:, done])
@@ -872,89 +794,84 @@ def nearness(x: Tensor, half: Tensor) -> Tensor:
     return -(x - torch.stack([torch.ones_like(half), half], -1)).norm(dim=-1)
 
 
-class Plane:
-    """Points from four clouds, around (+-1, +-1), and people who prefer the right ones; in the lower half of the plane
-    they disagree.  The half is the prompt."""
-    lam = to_lam([.95, .05]).float()                                                    # of the lower, the upper half
+# Points from four clouds, around (+-1, +-1), and people who prefer the right ones; in the lower half of the plane they
+# disagree.  The half is the prompt.
+HALF_LAM = to_lam([.95, .05]).float()                                                   # of the lower, the upper half
 
-    def __init__(self, opt):
-        self.seeds, self.generator = min(opt.seeds, 8), torch.Generator().manual_seed(opt.seed)
 
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
+def sides(*shape: int) -> Tensor:
+    return 2.0 * torch.randint(2, shape) - 1
 
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator)
 
-    def sides(self, *shape: int) -> Tensor:
-        return 2.0 * torch.randint(2, shape, generator=self.generator) - 1
+def points(half: Tensor) -> Tensor:
+    return torch.stack([sides(*half.shape), half], -1) + .25 * torch.randn(*half.shape, 2)                  # (S, B, 2)
 
-    def points(self, half: Tensor) -> Tensor:
-        return torch.stack([self.sides(*half.shape), half], -1) + .25 * self.normal(*half.shape, 2)     # (S, B, 2)
 
-    def perceptron(self, *sizes: int) -> list[Tensor]:
-        parts = []
-        for wide, next_wide in itertools.pairwise(sizes):
-            parts += [self.normal(self.seeds, wide, next_wide) / wide ** .5, torch.zeros(self.seeds, 1, next_wide)]
-        return parts
+def perceptron(seeds: int, *sizes: int) -> list[Tensor]:
+    parts = []
+    for wide, next_wide in itertools.pairwise(sizes):
+        parts += [torch.randn(seeds, wide, next_wide) / wide ** .5, torch.zeros(seeds, 1, next_wide)]
+    return parts
 
-    def denoising_loss(self, parts: list[Tensor]) -> Tensor:
-        """(S,) what makes the reference."""
-        half, time = self.sides(self.seeds, 256), .98 * self.uniform(self.seeds, 256) + .01
-        noise = self.normal(*half.shape, 2)
-        seen = denoise(parts, mix_noise(self.points(half), noise, time), time, half)
-        return (seen - noise).square().mean((-2, -1))
 
-    def preference_loss(self, parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
-        """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
-        half, time = self.sides(self.seeds, 128), .98 * self.uniform(self.seeds, 128) + .01
-        upper = (half > 0).long()
-        one, two, noise = self.points(half), self.points(half), self.normal(*half.shape, 2)
-        agrees = self.uniform(*half.shape) < torch.sigmoid(self.lam[upper])             # as neighbours in a ranking
-        first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
-        pair = torch.where(first, one, two), torch.where(first, two, one)
+def denoising_loss(parts: list[Tensor]) -> Tensor:
+    """(S,) what makes the reference."""
+    half = sides(len(parts[0]), 256)
+    time, noise = .98 * torch.rand(half.shape) + .01, torch.randn(*half.shape, 2)
+    seen = denoise(parts, mix_noise(points(half), noise, time), time, half)
+    return (seen - noise).square().mean((-2, -1))
 
-        def errors(parts):                      # (S * B, 2) of both points, with the same time and noise
-            seen = [denoise(parts, mix_noise(x, noise, time), time, half) for x in pair]
-            return torch.stack([(each - noise).square().mean(-1) for each in seen], -1).view(-1, 2)
-        with torch.no_grad():
-            before = errors(reference)
-        method = mallowspo.LOSSES["dpo"]._replace(beta=30.0)
-        ones, each = torch.ones_like(before), weight[upper].view(-1)
-        return mallowspo.objective(method, -errors(parts), -before, ones, each).loss.view(self.seeds, -1).mean(-1)
+
+def preference_loss(parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
+    """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
+    half = sides(len(parts[0]), 128)
+    upper, time = (half > 0).long(), .98 * torch.rand(half.shape) + .01
+    one, two = points(half), points(half)
+    noise = torch.randn(*half.shape, 2)
+    agrees = torch.rand(half.shape) < torch.sigmoid(HALF_LAM[upper])                    # as neighbours in a ranking
+    first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
+    pair = torch.where(first, one, two), torch.where(first, two, one)
+
+    def errors(parts):                                  # (S, B, 2) of both points, with the same time and noise
+        seen = [denoise(parts, mix_noise(x, noise, time), time, half) for x in pair]
+        return torch.stack([(each - noise).square().mean(-1) for each in seen], -1)
+    with torch.no_grad():
+        before = errors(reference)
+    return pair_loss(-errors(parts), -before, weight[upper], 30.0)
 
 
 def diffusion(opt) -> Result:
     """Diffusion-DPO (2311.12908): the log-ratio is minus the difference of two denoising errors.  Points come from four
     clouds of a plane, and people prefer those on the right; in the lower half they disagree.  With the dispersion of
     the half as the weight of a pair and without: how often a point of the upper half beats one of the reference, and
-    how far both halves drift.
-    """
-    plane, rows, paths = Plane(opt), [], {}
-    reference = descend(plane.perceptron(5, 48, 48, 2), plane.denoising_loss, 1000, .005)
-    half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(plane.seeds, -1), plane.normal(plane.seeds, 512, 2)
+    how far both halves drift."""
+    torch.manual_seed(opt.seed)
+    seeds, rows = min(opt.seeds, 8), []
+    paths = {"none": [], "known": []}                                                   # of (3, S)
+    *_, reference = descend(perceptron(seeds, 5, 48, 48, 2), denoising_loss, 1000, .005)
+    half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(seeds, -1), torch.randn(seeds, 512, 2)
     base = sample_points(reference, noise, half)
-    for name, weight in (("none", torch.ones(2)), ("known", plane.lam / plane.lam.mean())):
-        path = paths[name] = []                                                         # of (3, S)
-
-        def watch(parts, name=name, path=path):
+    for name, weight in (("none", torch.ones(2)), ("known", HALF_LAM / HALF_LAM.mean())):
+        loss = functools.partial(preference_loss, reference=reference, weight=weight)
+        for step, parts in enumerate(descend(reference, loss, 150, 2e-4), 1):
+            if step % 10:
+                continue
             x = sample_points(parts, noise, half)
             better = nearness(x, half) > nearness(base.roll(2, 1), half)                # another point of the half
             drift = (x - base).norm(dim=-1)                                             # (S, B)
-            path.append(torch.stack([better[:, 1::2].float().mean(-1), drift[:, 1::2].mean(-1),
-                                     drift[:, ::2].mean(-1)]))
-            mean, se = mean_se(path[-1][0])
-            rows.append({"dispersion": name, "step": 10 * len(path), "win rate": mean, "se": se,
-                         "upper drift": path[-1][1].mean().item(), "lower drift": path[-1][2].mean().item()})
-        loss = functools.partial(plane.preference_loss, reference=reference, weight=weight)
-        descend(reference, loss, 150, 2e-4, watch)
+            won, drifts = better[:, 1::2].float().mean(-1), [drift[:, 1::2].mean(-1), drift[:, ::2].mean(-1)]
+            paths[name].append(torch.stack([won, *drifts]))
+            mean, se = mean_se(won)
+            rows.append({"dispersion": name, "step": step, "win rate": mean, "se": se,
+                         "upper drift": drifts[0].mean().item(), "lower drift": drifts[1].mean().item()})
     won, se = rows[-1]["win rate"], rows[-1]["se"]
     claims = [("diffusion: points become better than the reference's", won > .5 + 2 * se, f"{won:.3f} +- {se:.3f}")]
     for k, where in ((1, "people agree"), (2, "they do not")):
         gain, se = mean_se(drift_at(.6, paths["known"], k) - drift_at(.6, paths["none"], k))
         claims.append((f"diffusion, win rate .6: dispersion spares drift where {where}", gain < -2 * se,
                        f"{gain:+.3f} +- {se:.3f}"))
-    return Result([row for row in rows if row["step"] in (10, 50, 100, 150)], claims, rows)
+    curves = [{**row, "half": half, "drift": row[f"{half} drift"]} for half in ("upper", "lower") for row in rows]
+    return Result([row for row in rows if row["step"] in (10, 50, 100, 150)], claims, curves)
 
 
 def drift_at(win_rate: float, path: list[Tensor], k: int) -> Tensor:
@@ -977,75 +894,59 @@ class Ballots(NamedTuple):
     voters: int        # all of the file's voters, also those whose order is too short to use
 
 
-def parse_order(text: str, items: int, complete: bool) -> tuple[int, tuple[int, ...]]:
-    """A line `COUNT: a,b,c` as the count and the item numbers; ValueError says what is wrong with it."""
-    if "{" in text:
-        raise ValueError(f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text):
-        raise ValueError(f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
+def need(holds: bool, where: str, problem: str) -> None:
+    if not holds:
+        raise BadFile(f"{where}: {problem}")
+
+
+def parse_order(text: str, items: int, complete: bool, where: str) -> tuple[int, tuple[int, ...]]:
+    """A line `COUNT: a,b,c` as the count and the item numbers."""
+    need("{" not in text, where, f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
+    need(re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text), where,
+         f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
     count, *order = map(int, re.findall("[0-9]+", text))
     for item in order:
-        if not 1 <= item <= items:
-            raise ValueError(f"unknown item {item}; the file has 1 to {items}")
-        if order.count(item) > 1:
-            raise ValueError(f"item {item} is there twice")
-    if complete and len(order) < items:
-        raise ValueError(f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
+        need(1 <= item <= items, where, f"unknown item {item}; the file has 1 to {items}")
+        need(order.count(item) == 1, where, f"item {item} is there twice")
+    need(len(order) == items or not complete, where,
+         f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
     return count, tuple(order)
 
 
 def read_rankings(path: str) -> Ballots:
     """Read a file of `# KEY: VALUE` lines and then orders, `COUNT: a,b,c`, items numbered from 1, best first.
 
-    An order that leaves out one item is complete, that item being last; shorter ones only count as voters.
-    """
-    facts, orders = {}, {}
-    where = f"{path}:1"
-    try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            where = f"{path}:{number}"
-            text = line.decode("utf-8-sig", "replace").strip()
-            if "\ufffd" in text or "\0" in text:
-                raise ValueError("not a text file")
-            fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
-            if fact:
-                if not re.fullmatch("[0-9]{1,9}", fact[2]):
-                    raise ValueError(f"expected a whole number, found {fact[2][:50]!r}")
-                facts[fact[1]] = int(fact[2]), where
-            elif text and text[0] != "#":
-                items, _ = facts.get("ALTERNATIVES", (0, where))
-                if items < 2:
-                    raise ValueError("before the first order expected '# NUMBER ALTERNATIVES: ', 2 or more")
-                count, order = parse_order(text, items, path.endswith(".soc"))
-                if order in orders:
-                    raise ValueError("this order was there before")
-                orders[order] = count
-        if not orders:
-            raise ValueError("the file ends without an order")
-        for key, found in (("VOTERS", sum(orders.values())), ("UNIQUE ORDERS", len(orders))):
-            told, at = facts.get(key, (found, where))
-            if told != found:
-                where = at
-                raise ValueError(f"says {told} {key.lower()}, but the orders below make {found}")
-        full = {}                                                    # the orders that leave out one item at most
-        for order, count in orders.items():
+    An order that leaves out one item is complete, that item being last; shorter ones only count as voters."""
+    where, facts = f"{path}:1", {}
+    votes, full = Counter(), Counter()
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        where, text = f"{path}:{number}", line.decode("utf-8-sig", "replace").strip()
+        need("\ufffd" not in text and "\0" not in text, where, "not a text file")
+        fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
+        if fact:
+            need(re.fullmatch("[0-9]{1,9}", fact[2]), where, f"expected a whole number, found {fact[2][:50]!r}")
+            need(fact[1] not in facts, where, "this was said before")
+            facts[fact[1]] = int(fact[2]), where
+        elif text and text[0] != "#":
+            items, _ = facts.get("ALTERNATIVES", (0, where))
+            need(items >= 2, where, "before the first order expected '# NUMBER ALTERNATIVES: ', 2 or more")
+            count, order = parse_order(text, items, path.endswith(".soc"), where)
+            need(order not in votes, where, "this order was there before")
+            votes[order] = count
             if len(order) >= items - 1:
-                order = (*order, *set(range(1, items + 1)).difference(order))
-                full[order] = full.get(order, 0) + count
-        if not full:
-            raise ValueError(f"the file ends without an order of {items - 1} items or more")
-    except ValueError as error:
-        raise BadFile(f"{where}: {error}") from None
-    except OSError as error:
-        raise BadFile(f"{path}: {error.strerror}") from None
+                full[(*order, *set(range(1, items + 1)).difference(order))] += count
+    need(votes, where, "the file ends without an order")
+    for key, found in (("VOTERS", votes.total()), ("UNIQUE ORDERS", len(votes))):
+        told, at = facts.get(key, (found, where))
+        need(told == found, at, f"says {told} {key.lower()}, but the orders below make {found}")
+    need(full, where, f"the file ends without an order of {items - 1} items or more")
     ranks = (torch.tensor(list(full)) - 1).argsort(-1)                                  # (orders, items)
-    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), sum(orders.values()))
+    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), votes.total())
 
 
 def people(opt) -> Result:
     """Real rankings: centre, dispersion, how often the item that is k places higher in the centre is preferred.
-    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others.
-    """
+    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others."""
     if not opt.rankings:
         print("  No --rankings given.  PrefLib.org has many; give the .soc or .soi files of a set (00024).")
         return Result([], [], None, {"files": []})
@@ -1174,8 +1075,7 @@ class Population:
         generator = torch.Generator().manual_seed(seed)
         names = torch.randint(len(ASKERS), (count,), generator=generator).tolist()
         turns = math.ceil(count / len(self.phi))
-        rankings = [sample_rankings(turns, 6, -math.log(phi), generator)
-                    for phi in self.phi.tolist()]
+        rankings = [sample_rankings(turns, 6, -math.log(phi), generator) for phi in self.phi.tolist()]
         for i in range(count):
             turn, question = divmod(i, len(self.phi))
             yield question, self.prompt(ASKERS[names[i]], question), rankings[question][turn]
@@ -1204,8 +1104,7 @@ class Population:
         """What a policy does to this population: exact sums over the answers, means over the names and questions, of
         the KL also over the agreed and over the disputed half of the questions.
 
-        logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name.
-        """
+        logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name."""
         p, r = logp.double().log_softmax(-1), ref_logp.double().log_softmax(-1)         # (Q, N, A)
         reward = (logp - ref_logp).double()
         first, second = reward[..., :, None], reward[..., None, :]
@@ -1254,8 +1153,7 @@ MEASURES = {"win_rate": (+1, 0.001), "consensus_rank": (-1, 0.01), "reward_accur
 def report(population: Population, runs: list[dict], records: list[dict]) -> tuple[dict, str]:
     """Compare methods that were trained with several betas: the content of report.json, and a text.
 
-    runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl.
-    """
+    runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl."""
     seen = [[] for _ in population.phi]
     for record in records:
         line = int(record["where"].rpartition(":")[2]) - 1         # the file asks the questions in turn
@@ -1264,22 +1162,17 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
     known = ~np.isnan(index)                                       # in few steps not every question is asked
     correlation, told = math.nan, "there was no dispersion index"
     if known.sum() > 1:
-        ranks = np.argsort(np.argsort(np.array(index)[known]))
-        true_ranks = np.argsort(np.argsort(population.phi.numpy()[known]))
-        correlation = float(np.corrcoef(ranks, true_ranks)[0, 1])  # Spearman's
+        ranks = np.argsort(np.argsort(np.array(index)[known]))     # phi rises from question to question
+        correlation = float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])                # Spearman's
         told = f"rank correlation of the dispersion index with the true phi: {correlation:.3f}"
     content = {"dispersion_rank_correlation": correlation, "true_phi": population.phi.tolist(),
                "index": index, "questions": population.questions, "runs": runs}
+    columns = ("method", "beta", "power", "kl", "kl_agreed", "kl_disputed", *MEASURES, "elsewhere")
     lines = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names "
              "never trained on; all figures are exact sums",
              told,
              f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}\n",
-             "method               beta  power      KL  (agreed | disputed)  win rate  consensus rank  reward accuracy"
-             "  elsewhere"]
-    for run in runs:
-        lines.append("{method:<19} {beta:>5}  {power:>5.2f}  {kl:>6.3f}  {kl_agreed:>7.3f} | {kl_disputed:<8.3f}  "
-                     "{win_rate:>8.4f}  {consensus_rank:>14.3f}  {reward_accuracy:>15.4f}  {elsewhere:>9.3f}"
-                     .format(**run))
+             lay_out([{name: run[name] for name in columns} for run in runs])]
     if any(run["method"] == "dpo" for run in runs):
         lines += [compare_at(kl, runs) for kl in MATCHED_KL]
     return content, "\n".join(lines)
@@ -1317,176 +1210,119 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 # 8. What to run, to print and to draw.
 
 class Panel(NamedTuple):
+    """A picture of rows: y by x, in a panel for each value of `facet` a line for each value of `by`."""
     x: str
     y: str
-    by: str                   # one line for each value of this key in `lines`, four at most
-    lines: dict               # value: its name
+    by: str
     xlabel: str
     ylabel: str
+    facet: str = ""
     log: str = ""             # which axes are logarithmic
-    guide: float | None = None
-    title: str = ""
-    where: tuple = (None, None)
+    lines: tuple = ()         # the lines to draw, if not the first five
 
 
 class Experiment(NamedTuple):
     run: Callable             # the options -> Result; its docstring is printed
-    panels: list[Panel]
-    down: tuple = ()          # the printed grid has a line for each value of these keys (none: rows as they are)
-    across: str = ""          # and a column for each value of this one
-    value: str = ""           # in it stands this one
-    se: str = ""              # and its standard error
+    panel: Panel
+    grid: bool = True         # printed as it is drawn, y by x; else rows as they are
+    se: str = "se"            # standard error of y
 
 
-NAMES = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "mallows-theta": "MallowsPO-theta", "ipo": "IPO"}
-BEST = {"mallows-phi": "MallowsPO-phi", "dpo": "DPO", "best possible": "best possible", "ipo": "IPO"}
-INDEX = {"phi, best index": "phi, true index", "dpo": "DPO", "phi, entropy proxy": "phi, entropy proxy",
-         "phi, shuffled index": "phi, shuffled index"}
-SPREADS = {"as is, 0.4": "as is, spread 0.4", "shrunk, 0.4": "shrunk, spread 0.4",
-           "as is, 1.3": "as is, spread 1.3", "shrunk, 1.3": "shrunk, spread 1.3"}
-GUESSES = {"lam": "inverted entropy", 5: "proxy, 5 answers", 10: "proxy, 10", 100: "proxy, 100"}
-PLACES = {f"{loop}, known": f"{loop}, dispersion known" for loop in ("D2PO", "iterated DPO")}
-PLACES |= {f"{loop}, none": f"{loop}, without" for loop in ("D2PO", "iterated DPO")}
-SHAPES = {f"{form} {phi}": f"{form}, phi = {phi}" for phi in (.05, .8) for form in ("ours", "printed")}
-
+INDICES = ("phi, best index", "dpo", "phi, entropy proxy", "phi, shuffled index")
+ONLINE = ("D2PO, known", "iterated DPO, known", "D2PO, none", "iterated DPO, none")
 EXPERIMENTS = {
-    "exact": Experiment(exact, [
-        Panel("n", "pair", "", {"": "pair probability"}, "answers n", "largest error", "y")]),
-    "spearman": Experiment(spearman, [
-        Panel("phi", "largest error", "n", {n: f"{n} answers" for n in (3, 5, 7)},
-              "dispersion phi", "exact probability - theta link, largest")]),
-    "link": Experiment(kendall_link, [
-        Panel("h", "g", "link", SHAPES, "h (ranks)", "g(h), chance to be preferred")]),
-    "optimum": Experiment(optimum, [
-        Panel("phi", "slope", "method", NAMES, "dispersion phi (0: all agree, 1: coin toss)",
-              "learned nats per rank", "y")], ("method",), "phi", "slope"),
-    "growth": Experiment(growth, [
-        Panel("time", "margin", "method", NAMES, "training time (steps x rate)", "margin (nats)", "xy",
-              title=f"phi = {phi}", where=("phi", phi))
-        for phi in (.05, .9)], ("phi", "method"), "time", "margin"),
-    "frontier": Experiment(frontier, [
-        Panel("kl", "place", "method", BEST, "mean KL to the reference (nats)", "mean place (0 best)",
-              title=f"judged by {judge}", where=("judge", judge.split()[-1]))
-        for judge in ("the consensus", "a random annotator")], ("judge", "pairs"), "method", "place", "se"),
-    "samples": Experiment(samples, [
-        Panel("N lam^2", "ratio", "phi", {phi: f"phi = {phi}" for phi in (.95, .9, .8, .7)},
-              "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", "xy", guide=1)],
-        ("phi",), "N lam^2", "ratio", "se"),
-    "shared": Experiment(shared, [
-        Panel("pairs", "excess", "index", INDEX, "pairs per prompt", "excess log-loss (mnat)", "xy")],
-        ("index",), "pairs", "excess", "se"),
-    "noise": Experiment(noise, [
-        Panel("r", "ratio", "line", SPREADS, "r: noise of the index / its true spread", "excess log-loss / DPO's",
-              guide=1)], ("spread", "index"), "r", "ratio", "se"),
-    "trust": Experiment(trust, [
-        Panel("r", "ratio", "power", {name: name for name in ("learned", "power 1", "best fixed")},
-              "r: noise of the index / its true spread", "excess log-loss / DPO's", guide=1, title="spread 0.8",
-              where=("spread", .8))], ("spread", "power"), "r", "ratio", "se"),
-    "estimate": Experiment(estimate, [
-        Panel("lam", "guess", "n", GUESSES, "true lam = -log phi", "estimate, infinite data")],
-        ("n", "estimator"), "answers", "rmse", "se"),
-    "online": Experiment(online, [
-        Panel("labels", "place", "line", PLACES, "gold labels per prompt", "mean place (0 best)")],
-        ("loop", "dispersion"), "labels", "place", "se"),
-    "diffusion": Experiment(diffusion, [
-        Panel(f"{half} drift", "win rate", "dispersion", {"known": "with the dispersion", "none": "without"},
-              f"drift, {half} half", "win rate, upper half") for half in ("upper", "lower")]),
-    "people": Experiment(people, [
-        Panel("pairs", "minus DPO", "index", INDEX | {"phi, best index": "phi, fitted index"}, "pairs per file",
-              "log-loss minus DPO's (mnat)", "x")], ("items", "index"), "pairs", "minus DPO", "minus DPO se"),
+    "spearman": Experiment(spearman, Panel(
+        "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest"), grid=False),
+    "link": Experiment(kendall_link, Panel(
+        "h", "g", "link", "h (ranks)", "g(h), chance to be preferred"), grid=False),
+    "optimum": Experiment(optimum, Panel(
+        "phi", "slope", "method", "dispersion phi (0: all agree, 1: coin toss)", "learned nats per rank", log="y")),
+    "growth": Experiment(growth, Panel(
+        "time", "margin", "method", "training time (steps x rate)", "margin (nats)", facet="phi", log="xy")),
+    "frontier": Experiment(frontier, Panel(
+        "kl", "place", "method", "mean KL to the reference (nats)", "mean place (0 best)", facet="judge"), grid=False),
+    "samples": Experiment(samples, Panel(
+        "N lam^2", "ratio", "phi", "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", log="xy")),
+    "shared": Experiment(shared, Panel(
+        "pairs", "excess", "index", "pairs per prompt", "excess log-loss (mnat)", log="xy", lines=INDICES)),
+    "trust": Experiment(trust, Panel(
+        "r", "ratio", "power", "r: noise of the index / its true spread", "excess log-loss / DPO's", facet="spread")),
+    "estimate": Experiment(estimate, Panel(
+        "lam", "guess", "n", "true lam = -log phi", "estimate, infinite data"), grid=False),
+    "online": Experiment(online, Panel(
+        "labels", "place", "line", "gold labels per prompt", "mean place (0 best)", lines=ONLINE)),
+    "diffusion": Experiment(diffusion, Panel(
+        "drift", "win rate", "dispersion", "drift of the half", "win rate, upper half", facet="half"), grid=False),
+    "people": Experiment(people, Panel(
+        "pairs", "minus DPO", "index", "pairs per file", "log-loss minus DPO's (mnat)", facet="items", log="x",
+        lines=INDICES), se="minus DPO se"),
 }
-# The picture of train.py's demo, from the runs of report.json.
-DEMO_NAMES = {"mallows-phi-learn": "MallowsPO-phi, learned", "dpo": "DPO", "mallows-phi": "MallowsPO-phi"}
-DEMO_PANELS = [Panel("kl", "consensus_rank", "method", DEMO_NAMES, "KL from the reference (nats)",
-                     "place in the common ranking", title="what the consensus gets (down: better)"),
-               Panel("kl", "win_rate", "method", DEMO_NAMES, "KL from the reference (nats)",
-                     "win rate", title="what the average member gets")]
-STYLES = [{"color": "#00633a", "marker": "o", "linestyle": "-", "linewidth": 3.5},
-          {"color": "#f76707", "marker": "s", "linestyle": "--", "linewidth": 2.2},
-          {"color": "#1864ab", "marker": "^", "linestyle": "-.", "linewidth": 2.2},
-          {"color": "#868e96", "marker": "D", "linestyle": ":", "linewidth": 2.2}]
+STYLES = ("o-", "s--", "^-.", "D:", "v-")
 
 
-def show(rows: list[dict], grid: Experiment) -> None:
-    """Print rows as a table."""
-    if grid.down:
-        print(f"  {grid.value} by {grid.across}:")
-        lines = {}
-        for row in rows:
-            start = {key: row[key] for key in grid.down}
-            line = lines.setdefault(tuple(start.values()), start)
-            text = f"{row[grid.value]:.4g}"
-            if row.get(grid.se, 0) > 1e-12:
-                text += f" +-{row[grid.se]:.2g}"
-            line[row[grid.across]] = text
-        rows = list(lines.values())
+def pivot(rows: list[dict], experiment: Experiment) -> list[dict]:
+    """y by x: a row for each value of `facet` and `by`, a column for each value of x."""
+    panel, lines = experiment.panel, {}
+    for row in rows:
+        text = f"{row[panel.y]:.4g}"
+        if row.get(experiment.se, 0) > 1e-12:
+            text += f" +-{row[experiment.se]:.2g}"
+        start = {key: row[key] for key in (panel.facet, panel.by) if key}
+        line = lines.setdefault(tuple(start.values()), {**start, f"{panel.y} by {panel.x}:": ""})
+        line[row[panel.x]] = text
+    return list(lines.values())
+
+
+def lay_out(rows: list[dict]) -> str:
+    """Rows as the text of a table."""
     head = list(dict.fromkeys(key for row in rows for key in row))
     lines = [head, *([row.get(key, "") for key in head] for row in rows)]
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print("  " + "  ".join(text.rjust(width) for text, width in zip(line, widths)))
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in cells)
 
 
-@functools.cache
-def say_no_picture() -> None:
-    """Once is enough."""
-    print("no pictures: for those, pip install matplotlib")
+say_once = functools.cache(print)
 
 
-def draw(rows: list[dict], panels: list[Panel], path: Path) -> None:
+def draw(rows: list[dict], panel: Panel, path: Path) -> None:
     """Save the picture, if matplotlib is there."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
-        say_no_picture()
+        say_once("no pictures: for those, pip install matplotlib")
         return
-    width, dpi = (6.2, 80) if len(panels) == 1 else (5.2 * len(panels), 72)
-    figure = Figure(figsize=(width, 4.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        here = [row for row in rows if row.get(panel.where[0]) == panel.where[1]]
-        found = list(dict.fromkeys(row.get(panel.by, "") for row in here))
-        if not found:
-            axes.set_axis_off()
-            continue
-        known = {key: name for key, name in panel.lines.items() if key in found}
-        for style, key in zip(STYLES, known or found):                                  # four lines at most
-            line = [row for row in here if row.get(panel.by, "") == key]
-            axes.plot(pick(line, panel.x), pick(line, panel.y), label=known.get(key, key),
-                      markevery=max(len(line) // 12, 1), markersize=7, **style)
-        if panel.guide is not None:
-            axes.axhline(panel.guide, color="black", linewidth=1)
-        for name in panel.log:
-            axes.set(**{f"{name}scale": "log"})
-            getattr(axes, f"{name}axis").set_major_formatter("{x:g}")
-        axes.set_xlabel(panel.xlabel, fontsize=15)
-        axes.set_ylabel(panel.ylabel, fontsize=15)
-        axes.set_title(panel.title, fontsize=15)
-        axes.tick_params(labelsize=13)
-        axes.legend(fontsize=13)
+    matplotlib.rcParams["font.size"] = 14
+    facets = list(dict.fromkeys(row.get(panel.facet) for row in rows))
+    figure = matplotlib.figure.Figure(figsize=(5.7 * len(facets), 4.6), dpi=75, layout="constrained")
+    for axes, facet in zip(figure.subplots(1, len(facets), squeeze=False)[0], facets):
+        here = [row for row in rows if row.get(panel.facet) == facet]
+        for style, name in zip(STYLES, panel.lines or dict.fromkeys(pick(here, panel.by))):
+            line = [row for row in here if row[panel.by] == name]
+            axes.plot(pick(line, panel.x), pick(line, panel.y), style, label=name, markevery=max(len(line) // 12, 1))
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **{f"{name}scale": "log" for name in panel.log})
+        if panel.facet:
+            axes.set_title(f"{panel.facet} = {facet}")
+        axes.legend(title=panel.by)
         axes.grid(alpha=.3)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path)
 
 
 def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: a number of this kind in [low, high]."""
-    whole = "whole " if kind is int else ""
+    noun = {int: "a whole number", float: "a number"}[kind]
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
     return parse
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage="python bandit.py [EXPERIMENT] [flags]",
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
     flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
@@ -1513,13 +1349,11 @@ def main():
                       **(result.more or {}), "rows": result.rows, "claims": result.claims}
             (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
             if result.rows:
-                show(result.rows, experiment)
-                draw(result.curves or result.rows, experiment.panels, opt.out / f"{name}.png")
+                print(lay_out(pivot(result.rows, experiment) if experiment.grid else result.rows))
+                draw(result.curves or result.rows, experiment.panel, opt.out / f"{name}.png")
             claims += result.claims
-    except BadFile as error:
+    except (BadFile, OSError) as error:
         parser.exit(2, f"bandit.py: error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"bandit.py: error: {error.filename}: {error.strerror}\n")
     print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
     for claim, holds, found in claims:
         verdict = "holds" if holds else "DOES NOT"

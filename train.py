@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
 import mallowspo
-from bandit import DEMO_PANELS, NEW_ASKERS, Panel, Population, draw, report
+from bandit import MEASURES, NEW_ASKERS, Panel, Population, draw, report
 from data import BadData, Pair, Split, Tokenizer, cached_pairs, collate, find_model, hold_out, to_device
 from mallowspo import LOSSES, TOKEN_WEIGHTS, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
@@ -1252,17 +1252,13 @@ def draw_curves(out: Path) -> None:
         path = out / f"{name}.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             entry = json.loads(line)
-            shown = [(panel, field.replace("_", " ") + note, entry[field])
-                     for panel, fields in CURVES.items() for field in fields if note == "" or field in fields[:1]]
-            shown += [("quartiles", f"quarter {i}", share)
+            shown = [(metric, field.replace("_", " ") + note, entry[field])
+                     for metric, fields in CURVES.items() for field in fields if note == "" or field in fields[:1]]
+            shown += [("held-out accuracy, 1: least agreement", f"quarter {i}", share)
                       for i, share in enumerate(entry.get("accuracy_by_quartile", ()), 1)]
-            rows += [{"step": entry["step"], "panel": panel, "curve": curve, "value": value}
-                     for panel, curve, value in shown if value is not None]
-    titles = {**dict.fromkeys(CURVES, ""), "quartiles": "held out; 1: least agreement"}
-    panels = [Panel("step", "value", "curve", {row["curve"]: row["curve"] for row in rows if row["panel"] == name},
-                    "finished steps", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
-              for name, title in titles.items() if any(row["panel"] == name for row in rows)]
-    draw(rows, panels, out / "curves.png")
+            rows += [{"step": entry["step"], "metric": metric, "curve": curve, "value": value}
+                     for metric, curve, value in shown if value is not None]
+    draw(rows, Panel("step", "value", "curve", "finished steps", "value", facet="metric"), out / "curves.png")
 
 
 def model_card(cfg: Config, record: dict, split: Split) -> str:
@@ -1394,7 +1390,9 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
         content, text = report(population, runs, [json.loads(line) for line in lines])
         write_json(out / "report.json", content)
         print(f"\n{text}\n\nwritten to {out / 'report.json'}")
-        draw(runs, DEMO_PANELS, out / "report.png")
+        rows = [{**run, "measure": name, "value": run[name]} for name in MEASURES for run in runs]
+        panel = Panel("kl", "value", "method", "KL from the reference (nats)", "value", facet="measure")
+        draw(rows, panel, out / "report.png")
 
 
 def fit_and_measure(name: str, job: Config, population: Population, world: World, every: int = 0) -> list[dict]:
