@@ -33,7 +33,8 @@ from data import Pair, Tokenizer, collate, find_model, load_pairs, read_lines  #
 from mallowspo import dispersion_index  # noqa: E402
 from model import BRANCHES, Transformer  # noqa: E402
 
-# The rows of each comparison: settings of train.Config.
+# The rows of each comparison: settings of train.Config.  The last five know more than one annotator's word, and are
+# for sentiment alone; "labels" is the file of pairs, in which one annotator or the majority of three decides.
 METHODS = {
     "dpo": {"loss": "dpo"},
     "ipo": {"loss": "ipo"},
@@ -43,8 +44,14 @@ METHODS = {
     "phi, learned": {"loss": "mallows-phi", "dispersion_power": "learn"},
     "phi, votes": {"loss": "mallows-phi", "dispersion": "votes"},
     "phi, true": {"loss": "mallows-phi", "dispersion": "field"},
+    "dpo, majority": {"loss": "dpo", "labels": "majority"},
+    "phi, majority": {"loss": "mallows-phi", "labels": "majority"},
+    "phi, majority and votes": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority"},
 }
-BETAS = {"ipo": 10.0}                          # times those of the others: its log-ratios are per token
+DIALOGUE = list(METHODS)[:6]
+BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
+PICTURES = {"sentiment": ("dpo", "ipo", "theta", "phi", "phi, true"),
+            "sentiment-votes": ("dpo", "dpo, majority", "phi, votes", "phi, majority and votes")}
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # the learning rate is chosen among these, by dpo alone, on other pairs
 
 
@@ -237,6 +244,13 @@ def judged_pairs(items: list[dict], seed: int) -> list[dict]:
     return records
 
 
+def by_majority(record: dict) -> dict:
+    """The pair as most of the three see it."""
+    if record["votes"][0] > record["votes"][1]:
+        return record
+    return {**record, "chosen": record["rejected"], "rejected": record["chosen"], "votes": record["votes"][::-1]}
+
+
 def sentiment(args: argparse.Namespace) -> None:
     task = Task(args, "sentiment")
     tokens, copies, end = (4, 4, task.tokenizer.eos) if args.quick else (32, 16, task.tokenizer.eos)
@@ -259,6 +273,7 @@ def sentiment(args: argparse.Namespace) -> None:
             path = task.folder / f"pairs{seed}.jsonl"
             if not path.exists():
                 train.write_jsonl(path, judged_pairs(items, seed + 1))
+            train.write_jsonl(task.folder / f"majority{seed}.jsonl", map(by_majority, read_rows(path)))
         tune, other = (task.folder / f"tune-{name}.jsonl" for name in ("train", "held-out"))
         records = read_rows(task.folder / "pairs-1.jsonl")         # a fifth of the openings, with judges of their own
         asked = {item["prompt"] for item in items[::5]}
@@ -266,11 +281,11 @@ def sentiment(args: argparse.Namespace) -> None:
         train.write_jsonl(other, [record for record in records if record["prompt"] in asked])
     rate = task.learning_rate(tune, other, beta=0.1)
     prompts = [task.tokenizer.prompt(text) for _, text in held_out]
-    for job in jobs(args, METHODS, (0.1,) if args.quick else (0.05, 0.1, 0.3)):
+    for job in jobs(args, args.methods or METHODS, args.betas or BETAS):
         if any(job.items() <= row.items() for row in task.rows()):
             continue
-        settings = {**METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
-        policy, out = task.fit(task.folder / f"pairs{job['seed']}.jsonl", **settings)
+        settings = {"labels": "pairs", **METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
+        policy, out = task.fit(task.folder / f"{settings.pop('labels')}{job['seed']}.jsonl", **settings)
         task.add({**job, **learned(out), **measure_sentiment(task, policy, prompts, tokens, end)})
         print(f"sentiment: {job}", flush=True)
     if not any(row.get("method") == "reference" for row in task.rows()) and args.part[0] == 1:
@@ -279,7 +294,7 @@ def sentiment(args: argparse.Namespace) -> None:
 
 def jobs(args: argparse.Namespace, methods, betas) -> list[dict]:
     """The share of this process, seed by seed."""
-    every = [{"method": method, "beta": beta * BETAS.get(method, 1.0), "seed": seed} for seed in range(args.seeds)
+    every = [{"method": method, "beta": beta * SCALE.get(method, 1.0), "seed": seed} for seed in range(args.seeds)
              for beta in betas for method in methods]
     part, parts = args.part
     return every[part - 1::parts]
@@ -359,8 +374,7 @@ def dialogue(args: argparse.Namespace) -> None:
     if not any("index" in row for row in task.rows()) and args.part[0] == 1:
         size = task.reference.config.vocab_size
         task.add({"index": {name: paper_index(scores[name], pairs, size) for name, pairs in sets.items()}})
-    methods = [name for name in METHODS if name not in ("phi, votes", "phi, true")]
-    for job in jobs(args, methods, (0.1,)):
+    for job in jobs(args, DIALOGUE, (0.1,)):
         if any(job.items() <= row.items() for row in task.rows()):
             continue
         policy, out = task.fit(task.folder / "train.jsonl", lr=rate, beta=job["beta"], seed=job["seed"],
@@ -533,11 +547,10 @@ def report_sentiment(args: argparse.Namespace) -> None:
                 error = math.sqrt(sum(se ** 2 for _, se in both)) / len(both)
                 print(f"at KL {kl}, {method}: score minus dpo's {np.mean([change for change, _ in both]):+.3f} +- "
                       f"{error:.3f} (of the samples; {len(both)} seeds)")
-    shown = {"dpo": "DPO", "ipo": "IPO", "phi": "MallowsPO-phi", "phi, true": "phi, true dispersion"}
-    rest = {"dpo": "DPO", "theta": "MallowsPO-theta", "phi, learned": "phi, learned", "phi, votes": "phi, three votes"}
-    draw(sorted(means, key=lambda row: row["kl"]),
-         [Panel("kl", "score", "method", names, "KL from the reference (nats)", "mean sentiment")
-          for names in (shown, rest)], args.out / "sentiment.png")
+    for name, lines in PICTURES.items():
+        draw(sorted(means, key=lambda row: row["kl"]),
+             Panel("kl", "score", "method", "KL from the reference (nats)", "mean sentiment", lines=lines),
+             args.out / f"{name}.png")
 
 
 def compare_at(runs: list[dict], method: str, kl: float, seed: int) -> tuple[float, float] | None:
@@ -600,6 +613,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--votes", help="of dialogue: PandaLM's human test set")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="of sentiment: these alone")
+    parser.add_argument("--betas", type=float, nargs="+", help="of sentiment: these instead")
     parser.add_argument("--samples", type=int, default=4, help="of sentiment: continuations per held-out opening")
     parser.add_argument("--kl", type=float, nargs="+", default=[3.0, 4.5, 5.0], help="of report: where to compare")
     parser.add_argument("--part", default="1/1", help="this process's share of the work")
