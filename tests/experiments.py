@@ -605,6 +605,14 @@ def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
 EXPERIMENTS = {"sentiment": sentiment, "dialogue": dialogue, "index": index, "report": report}
 
 
+def share(text: str) -> tuple[int, int]:
+    """An argparse type: 1/4 -> (1, 4)."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1/4, 2/4, ...")
+    return int(part), int(parts)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -617,12 +625,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--betas", type=float, nargs="+", help="of sentiment: these instead")
     parser.add_argument("--samples", type=int, default=4, help="of sentiment: continuations per held-out opening")
     parser.add_argument("--kl", type=float, nargs="+", default=[3.0, 4.5, 5.0], help="of report: where to compare")
-    parser.add_argument("--part", default="1/1", help="this process's share of the work")
+    parser.add_argument("--part", type=share, default=(1, 1), metavar="I/N", help="this process's share of the work")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--quick", action="store_true", help="a tiny random model, a few openings or pairs")
     args = parser.parse_args(argv)
-    args.part = tuple(map(int, args.part.split("/")))
     if args.experiment != "report" and not (args.model or args.quick):
         parser.error("--model is missing: a Hugging Face folder or name (or --quick)")
     if args.experiment == "dialogue" and not (args.data and args.votes):

@@ -1,0 +1,119 @@
+"""The experiments on a language model, small: they run, go on where they were killed, and measure what they say."""
+import json
+import math
+
+import experiments
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import Pair
+from model import Transformer
+
+
+def options(out, *more):
+    return ["--quick", "--out", str(out), "--seeds", "1", "--device", "cpu", *more]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What --data and --votes read, in the form of HH and of PandaLM."""
+    folder, words = tmp_path_factory.mktemp("files"), "no yes perhaps never always sometimes".split()
+    train.write_jsonl(folder / "pairs.jsonl", (
+        {"prompt": f"\n\nHuman: {'Say it. ' * (i % 5 + 1)}{i}\n\nAssistant:", "chosen": f" {words[i % 6]}",
+         "rejected": f" {words[i % 6 - 1]} and no"} for i in range(20)))
+    train.write_jsonl(folder / "votes.jsonl", (
+        {"instruction": f"Say {i}.", "input": "Now." if i % 2 else "", "response1": words[i % 6],
+         "response2": words[i % 6 - 1], "annotator1": "1", "annotator2": str(1 + i % 2), "annotator3": i % 3}
+        for i in range(12)))
+    return "--data", str(folder / "pairs.jsonl"), "--votes", str(folder / "votes.jsonl")
+
+
+def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
+    more = "--methods", "dpo", "phi, true", "phi, majority and votes", "--betas", "0.1"
+    experiments.main(["sentiment", *options(tmp_path), *more])
+    experiments.main(["dialogue", *options(tmp_path), *files])
+    experiments.main(["index", *options(tmp_path)])
+    experiments.main(["report", *options(tmp_path)])
+    said = capsys.readouterr().out
+    assert "phi, majority and votes" in said and "minus dpo's" in said and "length-corrected" in said
+    rows = {name: lines(tmp_path / f"{name}.jsonl") for name in ("sentiment", "dialogue", "index")}
+    assert [row["method"] for row in rows["sentiment"] if "beta" in row] == list(more[1:4])
+    assert [row["method"] for row in rows["dialogue"] if "beta" in row] == list(experiments.DIALOGUE)
+    assert len(rows["index"]) == 2 * 10                             # the policies are met once: nothing on first sight
+    assert all(len(row["log_ratios"]["held-out"]) == 4 for row in rows["dialogue"] if "beta" in row)
+    path, fits = tmp_path / "sentiment.jsonl", []                   # killed while it wrote the last row but one
+    whole = path.read_text().splitlines()
+    kept = [line for line in whole if '"phi, true"' not in line]
+    path.write_text("\n".join(kept) + '\n{"method": "phi, tr')
+    monkeypatch.setattr(experiments.Task, "fit", lambda task, *a, fit=experiments.Task.fit, **k: fits.append(k) or fit(
+        task, *a, **k))
+    experiments.main(["sentiment", *options(tmp_path), *more])
+    assert len(fits) == 1 and fits[0]["dispersion"] == "field"
+    again = [row for row in experiments.read_rows(path) if row.get("method") == "phi, true"]
+    assert again == [row for row in rows["sentiment"] if row.get("method") == "phi, true"]       # to the last bit
+
+
+def test_errors_are_plain(capsys, tmp_path):
+    for arguments, word in ((["sentiment"], "--model"), (["dialogue", "--quick"], "--data"),
+                            (["index", "--part", "3/2", "--quick"], "--part")):
+        with pytest.raises(SystemExit) as left:
+            experiments.main([*arguments, "--out", str(tmp_path)])
+        assert left.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_openings_and_their_judges():
+    """Every kind is in both parts; an annotator prefers the better one as often as the noise of the kind says."""
+    parts = experiments.openings()
+    assert [len(part) for part in parts] == [200, 100] and not set(parts[0]) & set(parts[1])
+    assert all({kind for kind, _ in part} == set(range(20)) for part in parts)
+    items = [{"kind": 9, "prompt": "p", "texts": ["good", "bad"], "scores": [0.5, -0.4]}] * 4000
+    records = experiments.judged_pairs(items, seed=0)
+    votes = np.array([record["votes"] for record in records])
+    want = 1 / (1 + math.exp(-0.9 / experiments.NOISE[9]))
+    assert np.mean([record["chosen"] == "good" for record in records]) == pytest.approx(want, abs=0.03)
+    assert (votes.sum(1) == 3).all() and (votes[:, 0] > 0).all()
+    good = [votes[0] if record["chosen"] == "good" else votes[1] for record, votes in zip(records, votes)]
+    assert np.mean(good) / 3 == pytest.approx(want, abs=0.03)
+    majority = [experiments.by_majority(record) for record in records]
+    assert all(record["votes"][0] > record["votes"][1] for record in majority)
+    assert all({r["chosen"], r["rejected"]} == {"good", "bad"} for r in majority)
+
+
+def test_the_area_by_counting():
+    rng = np.random.default_rng(0)
+    reading, label = rng.integers(0, 6, 60), rng.integers(0, 2, 60)
+    ones, zeros = reading[label == 1], reading[label == 0]
+    want = np.mean([(a > b) + (a == b) / 2 for a in ones for b in zeros])
+    assert experiments.area(reading, label) == pytest.approx(want, abs=1e-12)
+    assert math.isnan(experiments.area(reading, np.ones(60)))
+    found, se = experiments.area_se(reading, label, np.arange(60))
+    assert found == experiments.area(reading, label) and 0.04 < se < 0.12
+
+
+def test_readings_by_hand():
+    pair = Pair(*(np.array(ids, dtype=np.int32) for ids in ([9], [1, 2, 3], [1, 5])), None, "made:1")
+    scores = train.Scores(np.array([-1, -2, -3, -4, -6.0]), np.array([1, 2, 6, 1, 4.0]))
+    found = {name: reading(scores, pair) for name, reading in experiments.READINGS.items()}
+    assert [float(value) for value in found.values()] == [-2.75, -1, -2.75, -2, -2.5, 0.5, 3, 1]
+
+
+def test_kl_of_samples_is_the_sum_over_the_vocabulary(make_model):
+    """Beside the log-ratios of the drawn tokens, one prompt at a time; 0 of a policy that is the reference."""
+    policy, reference = (Transformer.from_pretrained(make_model(name)) for name in ("llama-tied", "llama-biased"))
+    prompts, responses = [[5, 6, 7], [8], [9, 10]], [[1, 2], [3, 4, 5, 6], []]
+    found = experiments.kl_of_samples(policy, reference, prompts, responses, 4)
+    for prompt, response, value in zip(prompts, responses, found):
+        ids, want = torch.tensor([prompt + response]), 0.0
+        with torch.no_grad():
+            ours, theirs = (model.logits(ids)[0].log_softmax(-1) for model in (policy, reference))
+        for t in range(len(response) + (len(response) < 4)):        # the end is drawn too, unless there was no room
+            at = len(prompt) - 1 + t
+            want += sum(math.exp(a) * (a - b) for a, b in zip(ours[at].tolist(), theirs[at].tolist()))
+        assert value == pytest.approx(want, rel=1e-4)
+    assert abs(experiments.kl_of_samples(policy, policy, prompts, responses, 4)).max() == 0
