@@ -449,41 +449,56 @@ def area_se(reading: np.ndarray, label: np.ndarray, group: np.ndarray) -> tuple[
 
 def index(args: argparse.Namespace) -> None:
     """Needs the files that the other two have made."""
-    task = Task(args, "index")
-    runs = [row for row in read_rows(args.out / "dialogue.jsonl") if row.get("method") == "dpo"]
-    met, split = args.out / "dialogue/train.jsonl", args.out / "dialogue/votes.jsonl"
-    panel = args.out / "sentiment/pairs0.jsonl"
-    truths = {}
-    if runs:
-        # how often dpo's runs had the sign right when they met the pair first: right in most of them, or in few
-        right = [[row["agrees"].get(str(i + 1)) for row in runs] for i in range(len(read_rows(met)))]
-        known = [[x for x in each if x is not None] for each in right]
-        truths["HH: sign right at first sight"] = met, [np.mean(each) > 0.5 if each else None for each in known]
-        truths["PandaLM: people unanimous"] = split, [len(set(row["marks"])) == 1 for row in read_rows(split)]
-    if panel.exists():
-        truths["sentiment: true dispersion"] = panel, [row["kind"] < len(KINDS) / 2 for row in read_rows(panel)]
-    for name, (path, label) in truths.items():
+    task, scored = Task(args, "index"), {}
+    for name, (path, label) in truths(args.out).items():
         if any(row["against"] == name for row in task.rows()):
             continue
-        pairs = task.pairs(path)
-        scores = score(task.reference, pairs)
-        lines = [int(pair.where.rpartition(":")[2]) - 1 for pair in pairs]
-        label = [label[i] for i in lines]
+        if path not in scored:
+            pairs = task.pairs(path)
+            scored[path] = pairs, score(task.reference, pairs)
+        pairs, scores = scored[path]
+        label = [label[int(pair.where.rpartition(":")[2]) - 1] for pair in pairs]
         sure = np.array([i for i, each in enumerate(label) if each is not None], dtype=int)
         if not len(sure):
             print(f"index: {name}: no pair has an answer to that yet")
             continue
-        label = np.array([bool(label[i]) for i in sure]).astype(int)
-        records = read_rows(path)
-        group = np.array([records[lines[i]].get("kind", i) for i in sure])
+        label = np.array([label[i] for i in sure], dtype=int)
+        group = groups(path, pairs)[sure]
         values = {reading: np.array([f(each, pair) for each, pair in zip(scores, pairs)])
                   for reading, f in READINGS.items()}
-        values |= more_readings(values, pairs)
-        for reading, value in values.items():
+        for reading, value in (values | more_readings(values, pairs)).items():
             found, se = area_se(value[sure], label, group)
             task.add({"against": name, "reading": reading, "area": found, "se": se, "pairs": len(sure),
-                      "ones": int(label.sum())})
+                      "ones": int(label.sum()), "groups": len(set(group))})
         print(f"index: {name}, {len(sure)} pairs", flush=True)
+
+
+def truths(out: Path) -> dict[str, tuple[Path, list]]:
+    """Name -> a file of pairs, and for each whether people agree there; None: not known."""
+    runs = [row for row in read_rows(out / "dialogue.jsonl") if row.get("method") == "dpo"]
+    met, split, panel = out / "dialogue/train.jsonl", out / "dialogue/votes.jsonl", out / "sentiment/pairs0.jsonl"
+    found = {}
+    if runs:
+        # how often dpo's runs had the sign right when they met the pair first: right in most of them, or in few
+        right = [[row["agrees"].get(str(i + 1)) for row in runs] for i in range(len(read_rows(met)))]
+        known = [[x for x in each if x is not None] for each in right]
+        found["HH: dpo's sign right at first sight"] = met, [np.mean(each) > 0.5 if each else None for each in known]
+    if split.exists():
+        records = read_rows(split)
+        found["PandaLM: all three say the same"] = split, [len(set(row["marks"])) == 1 for row in records]
+        found["PandaLM: nobody prefers the other"] = split, [min(row["votes"]) == 0 for row in records]
+    if panel.exists():
+        found["sentiment: the surer half of the kinds"] = panel, [row["kind"] < len(KINDS) / 2
+                                                                  for row in read_rows(panel)]
+    return found
+
+
+def groups(path: Path, pairs: list[Pair]) -> np.ndarray:
+    """(P,) what hangs together: the kind of an opening, else the prompt."""
+    records = read_rows(path)
+    kinds = [records[int(pair.where.rpartition(":")[2]) - 1].get("kind") for pair in pairs]
+    prompts = [pair.prompt.tobytes() for pair in pairs]
+    return np.unique(prompts if kinds[0] is None else kinds, return_inverse=True)[1]
 
 
 def more_readings(values: dict, pairs: list[Pair]) -> dict:
@@ -515,7 +530,7 @@ def report(args: argparse.Namespace) -> None:
     rows = read_rows(args.out / "index.jsonl")
     for against in dict.fromkeys(row["against"] for row in rows):
         here = [row for row in rows if row["against"] == against]
-        print(f"\nindex against {against} ({here[0]['ones']} of {here[0]['pairs']} pairs); area, .5 is chance")
+        print("\nindex against {against}: {ones} of {pairs} pairs, {groups} groups; chance: .5".format(**here[0]))
         for row in here:
             print(f"  {row['reading']:<42}{row['area']:.3f} +- {row['se']:.3f}")
 

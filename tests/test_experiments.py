@@ -45,7 +45,7 @@ def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
     rows = {name: lines(tmp_path / f"{name}.jsonl") for name in ("sentiment", "dialogue", "index")}
     assert [row["method"] for row in rows["sentiment"] if "beta" in row] == list(more[1:4])
     assert [row["method"] for row in rows["dialogue"] if "beta" in row] == list(experiments.DIALOGUE)
-    assert len(rows["index"]) == 2 * 10                             # the policies are met once: nothing on first sight
+    assert len(rows["index"]) == 3 * 10                             # the policies are met once: nothing on first sight
     assert all(len(row["log_ratios"]["held-out"]) == 4 for row in rows["dialogue"] if "beta" in row)
     path, fits = tmp_path / "sentiment.jsonl", []                   # killed while it wrote the last row but one
     whole = path.read_text().splitlines()
