@@ -34,7 +34,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,9 +75,8 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], step: 
     return mallowspo.objective(method, weighted, ref_logp, row.length, split.weight[at], plain, split.advantage[at])
 
 
-def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float], bool]:
-    """One step of the optimiser -> its figures, the accuracy of every pair of the batch before the step, and whether a
-    signal asks to stop, here or on another rank."""
+def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float]]:
+    """One step of the optimiser -> its figures, and the accuracy of every pair of the batch before the step."""
     batch, world = split.schedule.batch(step), run.world                # pairs of all ranks, by number
     rows = split.schedule.rows(step, world.rank, world.size)            # of this rank; all ranks have equally many
     outcomes = []
@@ -93,18 +91,15 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
         del outcome, loss                                               # or this row's logits stay beside the next's
     outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
     places = to_device([batch.index(i) for indices in rows for i in indices], world.device)
-    sums = torch.zeros(len(outcomes) + 1, device=world.device)          # of the fields of Outcome; and signals
-    sums[:-1] = outcomes.sum(1)
-    sums[-1:] = bool(run.signals)                                       # (sums[-1] would wait for a GPU, a slice not)
     of_pairs = torch.zeros(2, len(batch), device=world.device)          # is the loss finite; the accuracy
     of_pairs[0, places] = torch.isfinite(outcomes[0]).float()
     of_pairs[1, places] = outcomes[1].nan_to_num(0.5)
-    *values, signals = world.sum_over_ranks(sums).tolist()
     finite, accuracy = world.sum_over_ranks(of_pairs).tolist()
+    sums = world.sum_over_ranks(outcomes.sum(1)).tolist()               # of each field of Outcome
+    figures = {name: value / len(batch) for name, value in zip(Outcome._fields, sums)}
     bad = [i for i, sound in zip(batch, finite) if not sound]
-    figures = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
     norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
-    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy, bool(signals)
+    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy
 
 
 def train(run: Run, splits: list[Split]) -> None:
@@ -120,13 +115,15 @@ def train(run: Run, splits: list[Split]) -> None:
             break
         began = time.perf_counter()
         run.optimizer.lr = learning_rate(cfg, step, split.steps)
-        figures, accuracy, stop = train_step(run, split, step)
+        figures, accuracy = train_step(run, split, step)
         run.log_step(split, step, figures, began)
         if 0 < step < split.schedule.steps_per_epoch:                   # in step 0 the policy is the reference
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
                 weigh_prompts(cfg, splits, run.state)
-        if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):      # 0: never
+        asked = [len(run.signals), checkpoint_due(run, step + 1, split.steps)]
+        stop, due = world.sum_over_ranks(torch.tensor(asked, device=world.device)).tolist()      # of any rank
+        if (stop or due) and cfg.save_every != 0:                       # 0: never
             save_checkpoint(run, step + 1)
         if stop:
             world.barrier()                                             # torchrun ends all when one ends
@@ -182,7 +179,7 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
-    began = saved = time.perf_counter()
+    saved = time.perf_counter()
     try:
         turns = sorted({first[digest] // world.size for digest in missing})               # of all ranks, at once
         for turn in progress(world, "reference", turns, len(turns)):
@@ -204,7 +201,6 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
         write_reference(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
-        world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
         known = read_reference(path, key)
     if not first.keys() <= known.keys():
         raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
@@ -299,7 +295,7 @@ def first_visits(split: Split, state: dict) -> tuple[Tensor, list[int]]:
     return agrees, order[:len(agrees)]
 
 
-def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
+def verdict(split: Split, state: dict) -> dict | None:
     """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
     agrees, met = first_visits(split, state)
     index = split.index[met]
@@ -311,17 +307,10 @@ def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
         meaning = "the index orders these pairs by agreement"
         if found.kappa < 0:
             meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
-    power = state["run"]["dispersion_power"]
-    if cfg.method.dispersion == "constant":
-        used = "the run did not use it"
-    elif power == 0:
-        used = "at the end all weights were 1"
-    else:
-        used = f"at the end its power was {power:.2f}"
-    right = " ".join(f"{share:.3f}" for share in quarters if share is not None)
-    return {"kappa": found.kappa, "se": found.se, "c": found.c, "pairs": len(agrees), "accuracy_by_quartile": quarters,
-            "meaning": f"{meaning}: trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by "
-                       f"quartile of the index, least agreement first, {right}; {used}"}
+    right, power = " ".join(f"{x:.3f}" for x in quarters if x is not None), state["run"]["dispersion_power"]
+    meaning += (f": trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by quartile of the "
+                f"index, least agreement first, {right}; at the end its power was {power:.2f}")
+    return {**found._asdict(), "pairs": len(agrees), "accuracy_by_quartile": quarters, "meaning": meaning}
 
 
 def dispersion_entries(method: Method, split: Split, state: dict):
@@ -349,8 +338,20 @@ def refuse(wrong, why: str) -> None:
         raise BadConfig(why)
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, **kind):
+    return field(default=default, metadata={"help": text, **kind})
+
+
+def dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def number_or_word(text: str) -> float | str:
+    """A type of flags; whether the word is a known one, Config says."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -364,15 +365,15 @@ VALUES = [          # flags, what their values must fulfil, and in words
      lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
     ("warmup alpha eta max_dropped token_decay reference_clip", lambda v: 0 <= v <= 1, "be from 0 to 1"),
     ("smoothing", lambda v: 0 <= v < 0.5, "be from 0 to below 0.5"),
-    ("dispersion_power", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1], "be learn, or from 0 to 8"),
+    ("dispersion_power", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1]),
+     "be learn, or from 0 to 8"),
     ("margin length_term", math.isfinite, "be a number"),
     ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
 ]
-
-
-TERMS = "clip_rejected length_term smoothing focal advantage".split()           # with their flag at 0 they are not used
-PARTS = {"token_weights": ("token_decay", "token_cap"), "smoothing": ("unbiased",), "focal": ("focal_gradient",),
-         "advantage": ("advantage_beta",), "references": ("reference_mix", "reference_clip")}
+TERMS = {           # of the loss, by the flag that puts it to use: the flags that are parts of it
+    "token_weights": ("token_decay", "token_cap"), "clip_rejected": (), "length_term": (), "smoothing": ("unbiased",),
+    "focal": ("focal_gradient",), "advantage": ("advantage_beta",), "references": ("reference_mix", "reference_clip"),
+}
 
 
 @dataclass(frozen=True)
@@ -408,8 +409,9 @@ class Config:
     reference_mix: Literal["adaptive", "equal"] | None = flag(None, "weights of several references")
     reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it")
     phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
-    dispersion_power: float | Literal["learn"] | None = flag(
-        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)")
+    dispersion_power: float | str | None = flag(
+        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)",
+        type=number_or_word)
     lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
     lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
     lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
@@ -449,8 +451,7 @@ class Config:
         for names, fits, what in VALUES:
             for name in names.split():
                 value = getattr(self, name)
-                refuse(value is not None and not fits(value),
-                       f"--{name.replace('_', '-')} is {value!r}, it must {what}")
+                refuse(value is not None and not fits(value), f"{dashed(name)} is {value!r}, it must {what}")
         alone, source = self.model is None, self.method.dispersion
         savers = {"--shard": self.shard, "--lora-rank": self.lora_rank, "--param-dtype": self.param_dtype != "float32"}
         used = [name for name, given in savers.items() if given]
@@ -480,18 +481,16 @@ class Config:
     def refuse_terms(self) -> None:
         """Raise BadConfig if terms of the loss do not go together, or a flag is for a term that is not in use."""
         method = self.method
-        used = {"token_weights": method.token_weights != "equal", "references": self.references,
-                **{term: getattr(method, term) for term in TERMS}}
-        for term, given in used.items():
-            dashed = "--" + term.replace("_", "-")
-            refuse(given and method.link is None, f"{dashed} has no meaning for --loss {self.loss}")
-            for part in () if given else PARTS.get(term, ()):
-                refuse(getattr(self, part) is not None,
-                       f"--{part.replace('_', '-')} is a part of {dashed}, which is not in use")
-            refuse(given and term in ("references", "clip_rejected") and not method.alpha,
-                   f"{dashed} is about the reference, and with --alpha 0 none is used")
+        for term, parts in TERMS.items():
+            used = getattr(method, term, self.references) not in (None, "equal", 0)       # (references: no column)
+            refuse(used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
+            refuse(used and term in ("references", "clip_rejected") and not method.alpha,
+                   f"{dashed(term)} is about the reference, and with --alpha 0 none is used")
+            for part in parts:
+                refuse(not used and getattr(self, part) is not None,
+                       f"{dashed(part)} is a part of {dashed(term)}, which is not in use")
         refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
-        refuse(self.references and used["token_weights"],
+        refuse(self.references and method.token_weights != "equal",
                "--references are mixed response by response: not together with --token-weights")
 
     @property
@@ -516,27 +515,25 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
     parser.add_argument("--config", help="settings from a JSON file, such as OUT/run.json; other flags win")
     kinds = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
+        text = f.metadata["help"]
         if f.default is not None and f.default is not False:
             text += f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **flag_kind(kinds[f.name]))
+        parser.add_argument(dashed(f.name), **{**flag_kind(kinds[f.name]), **f.metadata, "help": text})
     first, _ = parser.parse_known_args(argv)
     try:
         before = config_flags(first.config) if "config" in first else []
         given = vars(parser.parse_args(before + argv))
         given.pop("config", None)
         return Config(**(given if "model" in given else {**defaults, **given})), given
-    except BadConfig as error:
+    except (BadConfig, BadModel) as error:
         parser.error(str(error))
 
 
 def flag_kind(hint) -> dict:
     """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        words = [word for option in inner[1:] for word in typing.get_args(option)]
-        first = flag_kind(inner[0])
-        return {"type": functools.partial(number_or_word, words)} if words else first
+    if type(None) in inner:
+        return flag_kind(inner[0])
     if kind is tuple:
         return {"nargs": "+", **flag_kind(inner[0])}
     if hint is bool:
@@ -544,30 +541,22 @@ def flag_kind(hint) -> dict:
     return {"choices": inner} if kind is Literal else {"type": hint}
 
 
-def number_or_word(words: list[str], text: str) -> float | str:
-    """An argparse type."""
-    try:
-        return text if text in words else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor {' or '.join(words)}") from None
-
-
 def config_flags(path: str) -> list[str]:
-    """A JSON file of settings as flags, so that both meet the same checks."""
+    """A JSON file of settings as flags, so that both meet the same checks.  Raises BadConfig or BadModel."""
+    flags = []
     try:
-        settings, flags = read_json(Path(path)), []
-        settings = dict(settings.get("config", settings))
-    except (OSError, ValueError, TypeError) as error:
-        why = getattr(error, "strerror", None) or f"not a JSON object ({error})"
-        raise BadConfig(f"--config {path}: {why}") from None
+        settings = read_json(Path(path))
+    except OSError as error:
+        raise BadConfig(f"--config {path}: {error.strerror}") from None
+    settings = settings.get("config", settings)
+    refuse(not isinstance(settings, dict), f"--config {path}: its 'config' is not a JSON object")
     for name, value in settings.items():
-        dashed = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(dashed if value else "--no-" + dashed[2:])
+            flags.append(dashed(name if value else f"no_{name}"))
         elif isinstance(value, list):
-            flags += [dashed, *map(str, value)]
+            flags += [dashed(name), *map(str, value)]
         elif value is not None:
-            flags.append(f"{dashed}={value}")
+            flags.append(f"{dashed(name)}={value}")
     return flags
 
 
@@ -628,7 +617,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         save_weights(cfg, model, out, world)
         if world.rank == 0:
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
-        record["trust"] = verdict(cfg, split, state)
+        record["trust"] = verdict(split, state)
         if record["trust"]:
             world.say(f"verdict     {record['trust']['meaning']}")
         if world.rank == 0:
@@ -1134,11 +1123,10 @@ def refuse_small_disk(cfg: Config, model: Transformer) -> None:
            "--out, or do without checkpoints (--save-every 0)")
 
 
-def checkpoint_due(run: Run, done: int) -> bool:
-    """Whether --save-every asks for a checkpoint after so many steps."""
-    every = run.cfg.save_every
-    due = time.perf_counter() - run.saved > SAVE_SECONDS if every is None else done % every == 0
-    return run.world.on_rank0(lambda: due) if run.world.shard else due                    # all ranks by one clock
+def checkpoint_due(run: Run, done: int, steps: int) -> bool:
+    """Whether a checkpoint is due after so many steps; by the clock of the first rank."""
+    every, late = run.cfg.save_every, time.perf_counter() - run.saved > SAVE_SECONDS
+    return run.world.rank == 0 and (done == steps or (done % every == 0 if every else late))
 
 
 def save_checkpoint(run: Run, done: int) -> None:
