@@ -575,8 +575,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     model, tokenizer = open_policy(cfg, folder, world), Tokenizer(folder)
     check_model(cfg, model, tokenizer, world)
     splits = load_splits(cfg, model, tokenizer, world)
-    split = splits[0]
-    measure_memory(cfg, model, split, world)
+    measure_memory(cfg, model, splits[0], world)
     if cfg.dry_run:
         return
     if cfg.reference:                                              # can it be written?
@@ -584,15 +583,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     with contextlib.ExitStack() as mine:
         world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", wait=False)).name)
         world.on_rank0(refuse_small_disk, cfg, model)
-        record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False,
-                  "phi_star": None, "dispersion_power": 0.0, "trust": None,
-                  "steps": split.steps, "pairs": len(split.pairs), "held_out": 0,
-                  "model_sha256": fingerprint(model, world), "data_sha256": split.digest(), "eval_data_sha256": None,
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                               "numpy": np.__version__}}
-        for held_out in splits[1:]:
-            record |= {"held_out": len(held_out.pairs), "eval_data_sha256": held_out.digest()}
-        state = world.on_rank0(start_or_resume, cfg, record)
+        state = world.on_rank0(start_or_resume, cfg, new_record(cfg, model, splits, world))
         if state is None:
             return
         others = []
@@ -602,34 +593,49 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
             model = open_policy(cfg, folder, world)
         prompt_weights(cfg, model, splits, others, state, world)
         if world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
-            write_json(out / "run.json", record)
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, splits[0], state))
+            write_json(out / "run.json", state["run"])
         asked = splits[-1].pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
         with deferred_signals() as signals:
             train(Run(cfg, model, world, state, signals, on_step), splits)
         after = answer(cfg, model, tokenizer, asked, world)
-        if world.rank == 0:
-            texts = [[tokenizer.text(ids) for ids in pair[:3]] for pair in asked]
-            write_jsonl(out / "samples.jsonl", (
-                {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
-                for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
         save_weights(cfg, model, out, world)
         if world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
-        record["trust"] = verdict(split, state)
-        if record["trust"]:
-            world.say(f"verdict     {record['trust']['meaning']}")
-        if world.rank == 0:
-            write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
-            draw_curves(out)
-            write_file(out / "README.md", model_card(cfg, record, split).encode())
-            remove(checkpoints(out))
-            shutil.rmtree(out / "checkpoint", ignore_errors=True)
+            texts = [dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.text, pair[:3]))) for pair in asked]
+            write_jsonl(out / "samples.jsonl",
+                        ({**text, "before": b, "after": a} for text, b, a in zip(texts, before, after)))
+            finish(cfg, splits[0], state)
         world.barrier()                                            # nobody reads the folder before it is whole
-        saved = "the model" if not cfg.lora_rank else "adapter/ and the model it makes" if cfg.merge else "adapter/"
-        skipped = f"; {len(state['skipped'])} steps were skipped" if state["skipped"] else ""
-        world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl{skipped}")
+
+
+def new_record(cfg: Config, model: Transformer, splits: list[Split], world: World) -> dict:
+    """run.json of a run that begins."""
+    sizes, digests = [len(each.pairs) for each in splits], [each.digest() for each in splits]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
+            "dispersion_power": 0.0, "trust": None, "steps": splits[0].steps, "pairs": sizes[0],
+            "held_out": sum(sizes[1:]), "model_sha256": fingerprint(model, world), "data_sha256": digests[0],
+            "eval_data_sha256": next(iter(digests[1:]), None), "versions": versions}
+
+
+def finish(cfg: Config, split: Split, state: dict) -> None:
+    """Write what is known at the end of a run, and say it; the checkpoint goes last."""
+    out, record, skipped = Path(cfg.out), state["run"], ""
+    record.update(finished=True, skipped=state["skipped"], trust=verdict(split, state))
+    if record["trust"]:
+        print(f"verdict     {record['trust']['meaning']}")
+    write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
+    write_json(out / "run.json", record)
+    draw_curves(out)
+    write_file(out / "README.md", model_card(cfg, record).encode())
+    remove(checkpoints(out))
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    saved = {(False, False): "the model", (True, False): "adapter/", (True, True): "adapter/ and the model it makes"}
+    if record["skipped"]:
+        skipped = f"; {len(record['skipped'])} steps were skipped"
+    print(f"saved       {out}: {saved[cfg.lora_rank > 0, cfg.merge]}, and run.json, metrics.jsonl, dispersion.jsonl, "
+          f"samples.jsonl{skipped}", flush=True)
 
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
@@ -740,9 +746,8 @@ def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) 
     model.zero_grad()
     share = 2 ** 30 * (world.size if world.shard else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
-    parameters = sum(p.numel() * p.itemsize for p in model.parameters()) / share
-    gradients = sum(p.numel() * p.itemsize for p in trained) / share
-    moments = sum(p.numel() * 8 for p in trained) / share
+    parameters, gradients = (sum(p.nbytes for p in some) / share for some in (model.parameters(), trained))
+    moments = 8 * sum(p.numel() for p in trained) / share
     world.say(f"memory      parameters {parameters:.2f}, gradients {gradients:.2f}, optimiser {moments:.2f} GiB per "
               f"process; forward and backward of the largest row, {tokens:,} tokens, reached {peak_memory(world):.2f} "
               "GiB before there is an optimiser")
@@ -764,8 +769,7 @@ class Run:
         self.cfg, self.model, self.world, self.state, self.signals = cfg, model, world, state, signals
         self.policy, self.on_step = model, on_step
         if world.size > 1 and not world.shard:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            self.policy = DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=ids)
+            self.policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizer = AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         self.saved = time.perf_counter()           # when a checkpoint was written last, or the loop began
@@ -811,8 +815,7 @@ class Run:
                  "pairs_per_second": len(batch) / (now - began), "tokens_per_second": tokens / (now - began),
                  "memory_gib": peak_memory(self.world), "seconds": now - self.started}
         append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
-        known = method.token_weights == "equal" or method.alpha == 1      # (then all r(y) are 0, whatever the weights)
-        if step == 0 and method.link and method.alpha and known:
+        if step == 0 and method.link and method.alpha:
             self.check_first_loss(split, entry["loss"])
         done = step + 1                                           # what is told counts the steps that are finished
         if done % self.cfg.log_every == 0 or done in (1, split.steps):
@@ -825,6 +828,8 @@ class Run:
     def check_first_loss(self, split: Split, loss: float) -> None:
         """Compare the first loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
         batch, near = split.schedule.batch(0), 1e-4 if self.world.dtype == torch.float32 else 1e-2
+        if self.cfg.method.token_weights != "equal" and self.cfg.method.alpha != 1:
+            return                                                 # (with alpha 1 all r(y) are 0, whatever the weights)
         length = torch.tensor([[len(split.pairs[i].chosen), len(split.pairs[i].rejected)] for i in batch])
         start, ref, weight, advantage = (values[batch].cpu() for values in (split.start_logp, split.ref_logp,
                                                                             split.weight, split.advantage))
@@ -984,21 +989,19 @@ class AdamW:
     @torch.no_grad()
     def step(self, shrink: Tensor) -> None:
         """One step with the gradients divided by `shrink` (), which clips them in passing; then they are gone."""
-        if all(p.dtype == torch.float32 for p in self.params):
-            return self._update(self.params, self.params, [p.grad for p in self.params], shrink)
-        generator = None
-        for p in self.params:                                        # one float32 copy at a time
-            value = p.float()
-            self._update([p], [value], [p.grad.float()], shrink)
+        groups, generator = [self.params], None
+        if any(p.dtype == torch.bfloat16 for p in self.params):
+            groups = [[p] for p in self.params]                      # one float32 copy at a time
+        for params in groups:
+            values, grads = [p.float() for p in params], [p.grad.float() for p in params]    # (of float32: p itself)
+            first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            adamw(values, grads, first, second, [], steps, fused=True, grad_scale=shrink, lr=self.lr, beta1=0.9,
+                  beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+            p = params[0]
             if p.dtype == torch.bfloat16:                            # which is the upper half of float32
-                generator = generator or torch.Generator(p.device).manual_seed(int(self.state[p]["step"]))
+                generator = generator or torch.Generator(p.device).manual_seed(int(steps[0]))
                 noise = torch.randint(1 << 16, p.shape, generator=generator, device=p.device, dtype=torch.int32)
-                p.copy_(((value.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
-
-    def _update(self, params, values, grads, shrink) -> None:
-        first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(values, grads, first, second, [], steps, fused=True, grad_scale=shrink, lr=self.lr, beta1=0.9,
-              beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+                p.copy_(((values[0].view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1006,7 +1009,11 @@ class AdamW:
 
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
               "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
-STATE = {"step": int, "seconds": float, "skipped": list, "agrees": list, "scaler": dict, "run": dict, "sha256": dict}
+STATE = {           # what state.json must hold
+    "step": lambda x: type(x) is int and x >= 0, "seconds": lambda x: type(x) is float,
+    "skipped": lambda x: type(x) is list, "agrees": lambda x: type(x) is list and all(y in (0, 0.5, 1) for y in x),
+    **dict.fromkeys(("scaler", "run", "sha256"), lambda x: type(x) is dict),
+}
 SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
@@ -1043,6 +1050,10 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_jsonl(path: Path, entries) -> None:
     write_file(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append_json(path: Path, entry: dict, world: World) -> None:
@@ -1191,73 +1202,81 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     """The state that the steps start from: a new one, or with --resume the newest checkpoint's; None: all is done.
     Raises BadConfig if there is a checkpoint but no --resume, or if it is of another run, or damaged."""
     out, found = Path(cfg.out), checkpoints(Path(cfg.out))
-    where = found[0] / "state.json" if found else out / "run.json"
-    state = read_json(where) if where.exists() else {}
-    refuse(found and not cfg.resume, f"{where.parent}: of a run that was interrupted; --resume continues it; to start "
-           f"afresh choose another --out, or remove {out / 'checkpoint'}")
-    finished = state.get("finished")
-    if not found and not (cfg.resume and finished):
-        why = "; there is no checkpoint" if cfg.resume else "; in place of the finished run" if finished else ""
-        print(f"start       with step 1{why}")
-        write_json(out / "run.json", record)                       # from now on the folder is this run's
-        return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
-    wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
-    if found and not wrong and any(value not in (0, 0.5, 1) for value in state["agrees"]):
-        wrong = ["agrees"]
-    refuse(wrong or state.get("step", 0) < 0,
-           f"--resume: {where} says nothing usable of {', '.join(wrong) or 'step'}; remove the folder")
-    old, new = must_match(state.get("run", state)), must_match(record)
-    changed = ", ".join(f"{name} ({old.get(name)!s:.12}, now {value!s:.12})" for name, value in new.items()
-                        if old.get(name) != value)
-    refuse(changed, f"--resume: {where} is of a run with other settings: {changed}; choose another --out")
-    if not found:
+    if found:
+        refuse(not cfg.resume, f"{found[0]}: of a run that was interrupted; --resume continues it; to start afresh "
+               f"choose another --out, or remove {out / 'checkpoint'}")
+        state = read_checkpoint(found[0])
+        refuse_changes(found[0] / "state.json", state["run"], record)
+        print(f"start       after step {state['step']}, from {found[0]}")
+        return {**state, "run": record}
+    former = read_json(out / "run.json") if (out / "run.json").exists() else {}
+    if cfg.resume and former.get("finished"):
+        refuse_changes(out / "run.json", former, record)
         print(f"finished    {out}: there is nothing to do")
         return None
-    there = {str(path.relative_to(found[0])): path for path in found[0].rglob("*") if path.is_file() and path != where}
+    why = "; there is no checkpoint" if cfg.resume else ""
+    if former.get("finished"):
+        why = "; in place of the finished run"
+    print(f"start       with step 1{why}")
+    write_json(out / "run.json", record)                           # from now on the folder is this run's
+    return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """Its state.  Raises BadConfig if a part of it is missing or not as it was written."""
+    where = folder / "state.json"
+    state = read_json(where) if where.exists() else {}
+    wrong = [name for name, fits in STATE.items() if not fits(state.get(name))]
+    refuse(wrong, f"--resume: {where} says nothing usable of {', '.join(wrong)}; remove the folder")
+    there = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file() and path != where}
     for name in there | state["sha256"]:                           # what is there, and nothing else
         refuse(name not in there or sha256(there[name]) != state["sha256"].get(name),
-               f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
-    print(f"start       after step {state['step']}, from {found[0]}")
-    return {**state, "run": record}
+               f"--resume: {folder / name} is not as it was written; remove the folder {folder}")
+    return state
 
 
-def must_match(record: dict) -> dict:
-    """What must be alike in a run that is resumed: settings, as JSON has them, and the contents behind some."""
-    config, defaults = record.get("config"), {f.name: f.default for f in dataclasses.fields(Config)}
-    known = {**defaults, **config} if isinstance(config, dict) else {}       # a run older than a flag had its default
-    settings = {"schema": record.get("schema"), **known}
-    return nan_to_null({name: record.get(f"{name}_sha256", settings[name])
-                        for name in settings if name not in MAY_CHANGE})
+def refuse_changes(where: Path, former: dict, record: dict) -> None:
+    """Raise BadConfig if a run with this record is not what the former one was, of which `where` tells: its settings,
+    as JSON has them, or the contents behind them, must be alike."""
+    record, changed = nan_to_null(record), []
+    config = former.get("config")
+    refuse(not isinstance(config, dict) or former.get("schema") != record["schema"],
+           f"--resume: {where} has not the settings of a run, as this program writes them; choose another --out")
+    for f in dataclasses.fields(Config):
+        old = former.get(f"{f.name}_sha256", config.get(f.name, f.default))       # older than a flag: had its default
+        new = record.get(f"{f.name}_sha256", record["config"][f.name])
+        if old != new and f.name not in MAY_CHANGE:
+            changed.append(f"{f.name} ({old!s:.12}, now {new!s:.12})")
+    refuse(changed, f"--resume: {where} is of a run with other settings: {', '.join(changed)}; choose another --out")
 
 
-CURVES = {"loss": ("loss",), "accuracy": ("accuracy",), "rewards": ("margin", "chosen_reward", "rejected_reward")}
+CURVES = {          # panel of curves.png: its curves, keys of metrics.jsonl or of what held_out_curves makes
+    "loss": ("loss", "loss, held out"), "accuracy": ("accuracy", "accuracy, held out"),
+    "rewards": ("margin", "margin, held out", "chosen_reward", "rejected_reward"),
+    "accuracy by quarter, held out": ("least agreement", "second", "third", "most agreement"),
+}
 
 
 def draw_curves(out: Path) -> None:
     """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
-    rows = []
-    for name, note in (("metrics", ""), ("evaluations", ", held out")):
-        path = out / f"{name}.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            shown = [(panel, field.replace("_", " ") + note, entry[field])
-                     for panel, fields in CURVES.items() for field in fields if note == "" or field in fields[:1]]
-            shown += [("quartiles", f"quarter {i}", share)
-                      for i, share in enumerate(entry.get("accuracy_by_quartile", ()), 1)]
-            rows += [{"step": entry["step"], "panel": panel, "curve": curve, "value": value}
-                     for panel, curve, value in shown if value is not None]
-    titles = {**dict.fromkeys(CURVES, ""), "quartiles": "held out; 1: least agreement"}
-    panels = [Panel("step", "value", "curve", {row["curve"]: row["curve"] for row in rows if row["panel"] == name},
-                    "finished steps", "accuracy" if name == "quartiles" else name, title=title, where=("panel", name))
-              for name, title in titles.items() if any(row["panel"] == name for row in rows)]
+    quarters, rows = CURVES["accuracy by quarter, held out"], []
+    entries = read_jsonl(out / "metrics.jsonl")
+    for entry in read_jsonl(out / "evaluations.jsonl"):
+        entries.append({f"{name}, held out": entry[name] for name in ("loss", "accuracy", "margin")}
+                       | dict(zip(quarters, entry["accuracy_by_quartile"])) | {"step": entry["step"]})
+    for panel, curves in CURVES.items():
+        rows += [{"panel": panel, "curve": curve, "step": entry["step"], "value": entry[curve]}
+                 for curve in curves for entry in entries if entry.get(curve) is not None]
+    panels = [Panel("step", "value", "curve", dict(zip(curves, curves)), "finished steps", name, where=("panel", name))
+              for name, curves in CURVES.items() if any(row["panel"] == name for row in rows)]
     draw(rows, panels, out / "curves.png")
 
 
-def model_card(cfg: Config, record: dict, split: Split) -> str:
+def model_card(cfg: Config, record: dict) -> str:
     """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how to load it."""
-    path = Path(cfg.out) / "evaluations.jsonl"
-    figures = json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
-    held_out = ", ".join(f"{name} {figures[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in figures)
+    held_out = "nothing"
+    for entry in read_jsonl(Path(cfg.out) / "evaluations.jsonl"):
+        held_out = "loss {loss:.4f}, accuracy {accuracy:.4f}, margin {margin:.4f}".format(**entry)
     folder = "" if cfg.merge or not cfg.lora_rank else "/adapter"
     library = "peft" if folder else "transformers"
     settings = "\n".join(f"| {name} | {value} |" for name, value in shown_settings(cfg.method).items())
@@ -1270,11 +1289,11 @@ tags: [mallowspo, {cfg.loss}, preference-optimisation]
 ---
 # {Path(cfg.model).name}, preference-trained by {cfg.loss}
 
-Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}`, for {split.steps} steps of
-{min(cfg.batch_size, len(split.pairs))} pairs at a learning rate of {cfg.lr}.
+Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}`, for {record["steps"]} steps of
+{min(cfg.batch_size, record["pairs"])} pairs at a learning rate of {cfg.lr}.
 
 Data: {", ".join(f"`{name}`" for name in cfg.data)}, {record["pairs"]:,} pairs (hash {record["data_sha256"][:16]}).
-Held out: {held_out or "nothing"}.
+Held out: {held_out}.
 Dispersion: phi_star {record["phi_star"]}, power {record["dispersion_power"]}. Verdict: {meaning}.
 
 | method | {cfg.loss} |
@@ -1378,8 +1397,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
                 runs += fit_and_measure(name, job, population, world)[-1:]
             world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
     if world.rank == 0:
-        lines = (Path(job.out) / "dispersion.jsonl").read_text().splitlines()
-        content, text = report(population, runs, [json.loads(line) for line in lines])
+        content, text = report(population, runs, read_jsonl(Path(job.out) / "dispersion.jsonl"))
         write_json(out / "report.json", content)
         print(f"\n{text}\n\nwritten to {out / 'report.json'}")
         draw(runs, DEMO_PANELS, out / "report.png")
