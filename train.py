@@ -572,7 +572,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
     folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
-    model, tokenizer = open_policy(cfg, folder, world), Tokenizer(folder)
+    model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
     check_model(cfg, model, tokenizer, world)
     splits = load_splits(cfg, model, tokenizer, world)
     measure_memory(cfg, model, splits[0], world)
@@ -590,7 +590,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         if cfg.references:
             model = None                                           # one model at a time is in memory
             others = score_others(cfg, splits, world)
-            model = open_policy(cfg, folder, world)
+            model = open_model(cfg, folder, world)
         prompt_weights(cfg, model, splits, others, state, world)
         if world.rank == 0:
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, splits[0], state))
@@ -639,18 +639,13 @@ def finish(cfg: Config, split: Split, state: dict) -> None:
 
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
-    """A folder as a model on this device."""
+    """A folder as the policy is at first; a further reference too, so that both are scored alike."""
     gc.collect()                                                   # one that was let go may hang together in a circle
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
         dtype = world.dtype                                        # frozen weights need no more than that
     shard = (lambda model: apply_fsdp(model, world)) if world.shard else None
-    return Transformer.from_pretrained(folder, world.device, dtype, shard)
-
-
-def open_policy(cfg: Config, folder: Path, world: World) -> Transformer:
-    """The model as it will be trained."""
-    model = open_model(cfg, folder, world)
+    model = Transformer.from_pretrained(folder, world.device, dtype, shard)
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -900,12 +895,10 @@ class World(NamedTuple):
 
     def on_rank0(self, job: Callable, *arguments):
         """What job(*arguments) returns on rank 0, or raises there, on all ranks."""
-        result = [None]
-        if self.rank == 0:
-            try:
-                result = [job(*arguments)]
-            except Exception as error:
-                result = [error]
+        try:
+            result = [job(*arguments) if self.rank == 0 else None]
+        except Exception as error:
+            result = [error]
         if self.size > 1:
             dist.broadcast_object_list(result)
         if isinstance(result[0], Exception):
@@ -1275,8 +1268,9 @@ def draw_curves(out: Path) -> None:
 def model_card(cfg: Config, record: dict) -> str:
     """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how to load it."""
     held_out = "nothing"
-    for entry in read_jsonl(Path(cfg.out) / "evaluations.jsonl"):
-        held_out = "loss {loss:.4f}, accuracy {accuracy:.4f}, margin {margin:.4f}".format(**entry)
+    for entry in read_jsonl(Path(cfg.out) / "evaluations.jsonl")[-1:]:
+        figures = (math.nan if entry[name] is None else entry[name] for name in ("loss", "accuracy", "margin"))
+        held_out = "loss {:.4f}, accuracy {:.4f}, margin {:.4f}".format(*figures)
     folder = "" if cfg.merge or not cfg.lora_rank else "/adapter"
     library = "peft" if folder else "transformers"
     settings = "\n".join(f"| {name} | {value} |" for name, value in shown_settings(cfg.method).items())
