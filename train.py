@@ -105,7 +105,8 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
 def train(run: Run, splits: list[Split]) -> None:
     """Take the steps that are left, on splits[0]; what follows it is held out.  run.on_step(step, model) is called
     before each step and after the last."""
-    cfg, world, split = run.cfg, run.world, splits[0]
+    cfg, world = run.cfg, run.world
+    split = splits[0]
     for step in range(run.state["step"], split.steps + 1):
         run.on_step(step, run.model)
         if step % cfg.eval_every == 0 or step == split.steps:
@@ -172,7 +173,8 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     A pass that is interrupted goes on from what is in the file."""
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
             for row in split.schedule.all_rows(step, world.size)]  # of all ranks: those of rank r are rows[r::size]
-    known, first, fresh = read_reference(path, key), {}, {}
+    known = read_reference(path, key)
+    first, fresh = {}, {}                                          # where a pair is first; scores not yet in the file
     for i, row in enumerate(rows):
         for pair in row:
             first.setdefault(pair.digest(), i)
@@ -371,8 +373,9 @@ VALUES = [          # flags, what their values must fulfil, and in words
     ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
 ]
 TERMS = {           # of the loss, by the flag that puts it to use: the flags that are parts of it
-    "token_weights": ("token_decay", "token_cap"), "clip_rejected": (), "length_term": (), "smoothing": ("unbiased",),
-    "focal": ("focal_gradient",), "advantage": ("advantage_beta",), "references": ("reference_mix", "reference_clip"),
+    "dispersion": (), "token_weights": ("token_decay", "token_cap"), "clip_rejected": (), "length_term": (),
+    "smoothing": ("unbiased",), "focal": ("focal_gradient",), "advantage": ("advantage_beta",),
+    "references": ("reference_mix", "reference_clip"),
 }
 
 
@@ -452,7 +455,7 @@ class Config:
             for name in names.split():
                 value = getattr(self, name)
                 refuse(value is not None and not fits(value), f"{dashed(name)} is {value!r}, it must {what}")
-        alone, source = self.model is None, self.method.dispersion
+        alone = self.model is None
         savers = {"--shard": self.shard, "--lora-rank": self.lora_rank, "--param-dtype": self.param_dtype != "float32"}
         used = [name for name, given in savers.items() if given]
         refuse(len(used) > 1, f"{' and '.join(used)} do not go together; give one of them")
@@ -464,9 +467,7 @@ class Config:
         refuse(self.epochs and self.steps,
                "--epochs and --steps both say when to stop; give one of them (the demo takes --steps)")
         refuse(self.resume and alone, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
-        refuse(self.method.link is None and source != "constant",
-               f"--dispersion {source} has no meaning for --loss {self.loss}")
-        refuse(source == "constant" and self.power == "learn",
+        refuse(self.method.dispersion == "constant" and self.power == "learn",
                f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
         refuse(self.power == "learn" and self.phi_star,
                "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
@@ -482,7 +483,7 @@ class Config:
         """Raise BadConfig if terms of the loss do not go together, or a flag is for a term that is not in use."""
         method = self.method
         for term, parts in TERMS.items():
-            used = getattr(method, term, self.references) not in (None, "equal", 0)       # (references: no column)
+            used = getattr(method, term, self.references) not in (None, "constant", "equal", 0)     # (or no column)
             refuse(used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
             refuse(used and term in ("references", "clip_rejected") and not method.alpha,
                    f"{dashed(term)} is about the reference, and with --alpha 0 none is used")
@@ -621,7 +622,7 @@ def new_record(cfg: Config, model: Transformer, splits: list[Split], world: Worl
 
 def finish(cfg: Config, split: Split, state: dict) -> None:
     """Write what is known at the end of a run, and say it; the checkpoint goes last."""
-    out, record, skipped = Path(cfg.out), state["run"], ""
+    out, record = Path(cfg.out), state["run"]
     record.update(finished=True, skipped=state["skipped"], trust=verdict(split, state))
     if record["trust"]:
         print(f"verdict     {record['trust']['meaning']}")
@@ -631,11 +632,11 @@ def finish(cfg: Config, split: Split, state: dict) -> None:
     write_file(out / "README.md", model_card(cfg, record).encode())
     remove(checkpoints(out))
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    saved = {(False, False): "the model", (True, False): "adapter/", (True, True): "adapter/ and the model it makes"}
     if record["skipped"]:
-        skipped = f"; {len(record['skipped'])} steps were skipped"
+        print(f"skipped     {len(record['skipped'])} steps were skipped")
+    saved = {(False, False): "the model", (True, False): "adapter/", (True, True): "adapter/ and the model it makes"}
     print(f"saved       {out}: {saved[cfg.lora_rank > 0, cfg.merge]}, and run.json, metrics.jsonl, dispersion.jsonl, "
-          f"samples.jsonl{skipped}", flush=True)
+          "samples.jsonl", flush=True)
 
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
@@ -756,26 +757,31 @@ def peak_memory(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
+@dataclass
 class Run:
-    """What the loop carries along: settings, model and optimiser, where it stands, the signals that ask it to stop."""
+    """What the loop carries along."""
+    cfg: Config
+    model: Transformer
+    world: World
+    state: dict                         # where it stands, as in state.json
+    signals: list[int]                  # which ask it to stop
+    on_step: Callable = lambda step, model: None
 
-    def __init__(self, cfg: Config, model: Transformer, world: World, state: dict, signals: list[int],
-                 on_step: Callable = lambda step, model: None):
-        self.cfg, self.model, self.world, self.state, self.signals = cfg, model, world, state, signals
-        self.policy, self.on_step = model, on_step
-        if world.size > 1 and not world.shard:
-            self.policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.optimizer = AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+    def __post_init__(self):
+        self.policy = self.model
+        if self.world.size > 1 and not self.world.shard:
+            self.policy = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.optimizer = AdamW([p for p in self.model.parameters() if p.requires_grad], self.cfg.lr)
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.world.dtype == torch.float16)
         self.saved = time.perf_counter()           # when a checkpoint was written last, or the loop began
-        self.started = self.saved - state["seconds"]
-        if state["step"]:
-            load_checkpoint(checkpoints(Path(cfg.out))[0], model, self.optimizer)
-            self.scaler.load_state_dict(state["scaler"])
+        self.started = self.saved - self.state["seconds"]
+        if self.state["step"]:
+            load_checkpoint(checkpoints(Path(self.cfg.out))[0], self.model, self.optimizer)
+            self.scaler.load_state_dict(self.state["scaler"])
             with contextlib.suppress(OSError):                     # Linux: the peak of memory is that of the steps now
                 Path("/proc/self/clear_refs").write_text("5")
         for name in ("metrics", "evaluations"):
-            cut_log(Path(cfg.out) / f"{name}.jsonl", state["step"], world)
+            cut_log(Path(self.cfg.out) / f"{name}.jsonl", self.state["step"], self.world)
 
     def update_weights(self, split: Split, step: int, bad: list[int]) -> float:
         """Clip the gradients and step; returns their norm.  A step is noted and left out, or RunFailed is raised, where
@@ -803,7 +809,8 @@ class Run:
 
     def log_step(self, split: Split, step: int, figures: dict[str, float], began: float) -> None:
         """Record what is known of a step, and say the most important of it."""
-        method, batch, now = self.cfg.method, split.schedule.batch(step), time.perf_counter()
+        method, batch = self.cfg.method, split.schedule.batch(step)
+        now = time.perf_counter()
         tokens = sum(split.schedule.costs[i] for i in batch)
         entry = {"step": step, **figures, "weight": split.weight[batch].mean().item(),
                  "dispersion_power": self.state["run"]["dispersion_power"],
@@ -1057,13 +1064,10 @@ def append_json(path: Path, entry: dict, world: World) -> None:
 
 def cut_log(path: Path, first: int, world: World) -> None:
     """Leave out what an interrupted run wrote of step `first` and later, and half of a line."""
-    if world.rank or not path.exists():
-        return
-    with open(path, "r+b") as file:
-        end = 0
-        while (line := re.fullmatch(rb'\{"step": (\d+).*\}\n', file.readline())) and int(line[1]) < first:
-            end = file.tell()
-        file.truncate(end)
+    if world.rank == 0 and path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        found = [re.fullmatch(rb'\{"step": (\d+).*\}\n', line) for line in lines]
+        write_file(path, b"".join(each[0] for each in found if each and int(each[1]) < first))
 
 
 class Scores(NamedTuple):
@@ -1136,10 +1140,11 @@ def checkpoint_due(run: Run, done: int, steps: int) -> bool:
 def save_checkpoint(run: Run, done: int) -> None:
     """The model's folder, in state.safetensors the weights as trained and what AdamW keeps of each, the state as JSON.
     Only when all of it is on the disk, the checkpoint before is removed."""
-    cfg, model, out, tensors = run.cfg, run.model, Path(run.cfg.out), {}
-    new = out / "checkpoint" / "new"
     if run.world.rank and not run.world.shard:
         return
+    cfg, model = run.cfg, run.model
+    out, tensors = Path(cfg.out), {}
+    new = out / "checkpoint" / "new"
     run.state.update(step=done, seconds=time.perf_counter() - run.started, scaler=run.scaler.state_dict())
     for name, p in model.named_parameters():
         for kind, value in {"weight": p, **run.optimizer.state.get(p, {})}.items() if p.requires_grad else ():
