@@ -5,10 +5,10 @@
     torchrun --standalone --nproc-per-node=8 train.py --model ...    the same steps on eight GPUs
 
 The reference is the model before its first step: it scores every pair once, into a file, and its entropies give the
-dispersion index; no second model is in memory.  The file reads from the method outwards:
+dispersion index; never are two models in memory.  The file reads from the method outwards:
 
     1. the method and the loop          score_pairs, train_step, train, evaluate, learning_rate
-    2. the reference and the weights    Split, score_reference, prompt_weights, verdict
+    2. the reference and the weights    score_reference, prompt_weights, verdict
     3. settings and flags               Config, parse_flags
     4. the job                          fit: from a folder and a file to a trained folder
     5. processes                        World: one, or many under torchrun
@@ -1147,8 +1147,9 @@ def save_checkpoint(run: Run, done: int) -> None:
     new = out / "checkpoint" / "new"
     run.state.update(step=done, seconds=time.perf_counter() - run.started, scaler=run.scaler.state_dict())
     for name, p in model.named_parameters():
-        for kind, value in {"weight": p, **run.optimizer.state.get(p, {})}.items() if p.requires_grad else ():
-            tensors[f"{kind}.{name}"] = to_cpu(value)
+        if p in run.optimizer.state:                               # it is trained
+            kept = {"weight": p, **run.optimizer.state[p]}
+            tensors |= {f"{kind}.{name}": to_cpu(value) for kind, value in kept.items()}
     if run.world.rank:
         return save_weights(cfg, model, new / "model", run.world)
     try:
