@@ -5,10 +5,10 @@
     torchrun --standalone --nproc-per-node=8 train.py --model ...    the same steps on eight GPUs
 
 The reference is the model before its first step: it scores every pair once, into a file, and its entropies give the
-dispersion index; no second model is in memory.  The file reads from the method outwards:
+dispersion index; never are two models in memory.  The file reads from the method outwards:
 
     1. the method and the loop          score_pairs, train_step, train, evaluate, learning_rate
-    2. the reference and the weights    Split, score_reference, prompt_weights, verdict
+    2. the reference and the weights    score_reference, prompt_weights, verdict
     3. settings and flags               Config, parse_flags
     4. the job                          fit: from a folder and a file to a trained folder
     5. processes                        World: one, or many under torchrun
@@ -34,7 +34,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,9 +75,8 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], step: 
     return mallowspo.objective(method, weighted, ref_logp, row.length, split.weight[at], plain, split.advantage[at])
 
 
-def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float], bool]:
-    """One step of the optimiser -> its figures, the accuracy of every pair of the batch before the step, and whether a
-    signal asks to stop, here or on another rank."""
+def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float]]:
+    """One step of the optimiser -> its figures, and the accuracy of every pair of the batch before the step."""
     batch, world = split.schedule.batch(step), run.world                # pairs of all ranks, by number
     rows = split.schedule.rows(step, world.rank, world.size)            # of this rank; all ranks have equally many
     outcomes = []
@@ -93,24 +91,22 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
         del outcome, loss                                               # or this row's logits stay beside the next's
     outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
     places = to_device([batch.index(i) for indices in rows for i in indices], world.device)
-    sums = torch.zeros(len(outcomes) + 1, device=world.device)          # of the fields of Outcome; and signals
-    sums[:-1] = outcomes.sum(1)
-    sums[-1:] = bool(run.signals)                                       # (sums[-1] would wait for a GPU, a slice not)
     of_pairs = torch.zeros(2, len(batch), device=world.device)          # is the loss finite; the accuracy
     of_pairs[0, places] = torch.isfinite(outcomes[0]).float()
     of_pairs[1, places] = outcomes[1].nan_to_num(0.5)
-    *values, signals = world.sum_over_ranks(sums).tolist()
     finite, accuracy = world.sum_over_ranks(of_pairs).tolist()
+    sums = world.sum_over_ranks(outcomes.sum(1)).tolist()               # of each field of Outcome
+    figures = {name: value / len(batch) for name, value in zip(Outcome._fields, sums)}
     bad = [i for i, sound in zip(batch, finite) if not sound]
-    figures = {name: value / len(batch) for name, value in zip(Outcome._fields, values)}
     norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
-    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy, bool(signals)
+    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy
 
 
 def train(run: Run, splits: list[Split]) -> None:
     """Take the steps that are left, on splits[0]; what follows it is held out.  run.on_step(step, model) is called
     before each step and after the last."""
-    cfg, world, split = run.cfg, run.world, splits[0]
+    cfg, world = run.cfg, run.world
+    split = splits[0]
     for step in range(run.state["step"], split.steps + 1):
         run.on_step(step, run.model)
         if step % cfg.eval_every == 0 or step == split.steps:
@@ -120,13 +116,15 @@ def train(run: Run, splits: list[Split]) -> None:
             break
         began = time.perf_counter()
         run.optimizer.lr = learning_rate(cfg, step, split.steps)
-        figures, accuracy, stop = train_step(run, split, step)
+        figures, accuracy = train_step(run, split, step)
         run.log_step(split, step, figures, began)
         if 0 < step < split.schedule.steps_per_epoch:                   # in step 0 the policy is the reference
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
                 weigh_prompts(cfg, splits, run.state)
-        if cfg.save_every != 0 and (stop or step + 1 == split.steps or checkpoint_due(run, step + 1)):      # 0: never
+        asked = [len(run.signals), checkpoint_due(run, step + 1, split.steps)]
+        stop, due = world.sum_over_ranks(torch.tensor(asked, device=world.device)).tolist()      # of any rank
+        if (stop or due) and cfg.save_every != 0:                       # 0: never
             save_checkpoint(run, step + 1)
         if stop:
             world.barrier()                                             # torchrun ends all when one ends
@@ -175,14 +173,15 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     A pass that is interrupted goes on from what is in the file."""
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
             for row in split.schedule.all_rows(step, world.size)]  # of all ranks: those of rank r are rows[r::size]
-    known, first, fresh = read_reference(path, key), {}, {}
+    known = read_reference(path, key)
+    first, fresh = {}, {}                                          # where a pair is first; scores not yet in the file
     for i, row in enumerate(rows):
         for pair in row:
             first.setdefault(pair.digest(), i)
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
-    began = saved = time.perf_counter()
+    saved = time.perf_counter()
     try:
         turns = sorted({first[digest] // world.size for digest in missing})               # of all ranks, at once
         for turn in progress(world, "reference", turns, len(turns)):
@@ -204,7 +203,6 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
         write_reference(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
-        world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
         known = read_reference(path, key)
     if not first.keys() <= known.keys():
         raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
@@ -299,7 +297,7 @@ def first_visits(split: Split, state: dict) -> tuple[Tensor, list[int]]:
     return agrees, order[:len(agrees)]
 
 
-def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
+def verdict(split: Split, state: dict) -> dict | None:
     """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
     agrees, met = first_visits(split, state)
     index = split.index[met]
@@ -311,17 +309,10 @@ def verdict(cfg: Config, split: Split, state: dict) -> dict | None:
         meaning = "the index orders these pairs by agreement"
         if found.kappa < 0:
             meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
-    power = state["run"]["dispersion_power"]
-    if cfg.method.dispersion == "constant":
-        used = "the run did not use it"
-    elif power == 0:
-        used = "at the end all weights were 1"
-    else:
-        used = f"at the end its power was {power:.2f}"
-    right = " ".join(f"{share:.3f}" for share in quarters if share is not None)
-    return {"kappa": found.kappa, "se": found.se, "c": found.c, "pairs": len(agrees), "accuracy_by_quartile": quarters,
-            "meaning": f"{meaning}: trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by "
-                       f"quartile of the index, least agreement first, {right}; {used}"}
+    right, power = " ".join(f"{x:.3f}" for x in quarters if x is not None), state["run"]["dispersion_power"]
+    meaning += (f": trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by quartile of the "
+                f"index, least agreement first, {right}; at the end its power was {power:.2f}")
+    return {**found._asdict(), "pairs": len(agrees), "accuracy_by_quartile": quarters, "meaning": meaning}
 
 
 def dispersion_entries(method: Method, split: Split, state: dict):
@@ -349,8 +340,20 @@ def refuse(wrong, why: str) -> None:
         raise BadConfig(why)
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, **kind):
+    return field(default=default, metadata={"help": text, **kind})
+
+
+def dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def number_or_word(text: str) -> float | str:
+    """A type of flags; whether the word is a known one, Config says."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -364,15 +367,16 @@ VALUES = [          # flags, what their values must fulfil, and in words
      lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
     ("warmup alpha eta max_dropped token_decay reference_clip", lambda v: 0 <= v <= 1, "be from 0 to 1"),
     ("smoothing", lambda v: 0 <= v < 0.5, "be from 0 to below 0.5"),
-    ("dispersion_power", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1], "be learn, or from 0 to 8"),
+    ("dispersion_power", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1]),
+     "be learn, or from 0 to 8"),
     ("margin length_term", math.isfinite, "be a number"),
     ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
 ]
-
-
-TERMS = "clip_rejected length_term smoothing focal advantage".split()           # with their flag at 0 they are not used
-PARTS = {"token_weights": ("token_decay", "token_cap"), "smoothing": ("unbiased",), "focal": ("focal_gradient",),
-         "advantage": ("advantage_beta",), "references": ("reference_mix", "reference_clip")}
+TERMS = {           # of the loss, by the flag that puts it to use: the flags that are parts of it
+    "dispersion": (), "token_weights": ("token_decay", "token_cap"), "clip_rejected": (), "length_term": (),
+    "smoothing": ("unbiased",), "focal": ("focal_gradient",), "advantage": ("advantage_beta",),
+    "references": ("reference_mix", "reference_clip"),
+}
 
 
 @dataclass(frozen=True)
@@ -408,8 +412,9 @@ class Config:
     reference_mix: Literal["adaptive", "equal"] | None = flag(None, "weights of several references")
     reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it")
     phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
-    dispersion_power: float | Literal["learn"] | None = flag(
-        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)")
+    dispersion_power: float | str | None = flag(
+        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)",
+        type=number_or_word)
     lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
     lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
     lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
@@ -449,9 +454,8 @@ class Config:
         for names, fits, what in VALUES:
             for name in names.split():
                 value = getattr(self, name)
-                refuse(value is not None and not fits(value),
-                       f"--{name.replace('_', '-')} is {value!r}, it must {what}")
-        alone, source = self.model is None, self.method.dispersion
+                refuse(value is not None and not fits(value), f"{dashed(name)} is {value!r}, it must {what}")
+        alone = self.model is None
         savers = {"--shard": self.shard, "--lora-rank": self.lora_rank, "--param-dtype": self.param_dtype != "float32"}
         used = [name for name, given in savers.items() if given]
         refuse(len(used) > 1, f"{' and '.join(used)} do not go together; give one of them")
@@ -463,9 +467,7 @@ class Config:
         refuse(self.epochs and self.steps,
                "--epochs and --steps both say when to stop; give one of them (the demo takes --steps)")
         refuse(self.resume and alone, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
-        refuse(self.method.link is None and source != "constant",
-               f"--dispersion {source} has no meaning for --loss {self.loss}")
-        refuse(source == "constant" and self.power == "learn",
+        refuse(self.method.dispersion == "constant" and self.power == "learn",
                f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
         refuse(self.power == "learn" and self.phi_star,
                "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
@@ -480,18 +482,16 @@ class Config:
     def refuse_terms(self) -> None:
         """Raise BadConfig if terms of the loss do not go together, or a flag is for a term that is not in use."""
         method = self.method
-        used = {"token_weights": method.token_weights != "equal", "references": self.references,
-                **{term: getattr(method, term) for term in TERMS}}
-        for term, given in used.items():
-            dashed = "--" + term.replace("_", "-")
-            refuse(given and method.link is None, f"{dashed} has no meaning for --loss {self.loss}")
-            for part in () if given else PARTS.get(term, ()):
-                refuse(getattr(self, part) is not None,
-                       f"--{part.replace('_', '-')} is a part of {dashed}, which is not in use")
-            refuse(given and term in ("references", "clip_rejected") and not method.alpha,
-                   f"{dashed} is about the reference, and with --alpha 0 none is used")
+        for term, parts in TERMS.items():
+            used = getattr(method, term, self.references) not in (None, "constant", "equal", 0)     # (or no column)
+            refuse(used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
+            refuse(used and term in ("references", "clip_rejected") and not method.alpha,
+                   f"{dashed(term)} is about the reference, and with --alpha 0 none is used")
+            for part in parts:
+                refuse(not used and getattr(self, part) is not None,
+                       f"{dashed(part)} is a part of {dashed(term)}, which is not in use")
         refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
-        refuse(self.references and used["token_weights"],
+        refuse(self.references and method.token_weights != "equal",
                "--references are mixed response by response: not together with --token-weights")
 
     @property
@@ -516,27 +516,25 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
     parser.add_argument("--config", help="settings from a JSON file, such as OUT/run.json; other flags win")
     kinds = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
+        text = f.metadata["help"]
         if f.default is not None and f.default is not False:
             text += f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **flag_kind(kinds[f.name]))
+        parser.add_argument(dashed(f.name), **{**flag_kind(kinds[f.name]), **f.metadata, "help": text})
     first, _ = parser.parse_known_args(argv)
     try:
         before = config_flags(first.config) if "config" in first else []
         given = vars(parser.parse_args(before + argv))
         given.pop("config", None)
         return Config(**(given if "model" in given else {**defaults, **given})), given
-    except BadConfig as error:
+    except (BadConfig, BadModel) as error:
         parser.error(str(error))
 
 
 def flag_kind(hint) -> dict:
     """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        words = [word for option in inner[1:] for word in typing.get_args(option)]
-        first = flag_kind(inner[0])
-        return {"type": functools.partial(number_or_word, words)} if words else first
+    if type(None) in inner:
+        return flag_kind(inner[0])
     if kind is tuple:
         return {"nargs": "+", **flag_kind(inner[0])}
     if hint is bool:
@@ -544,30 +542,22 @@ def flag_kind(hint) -> dict:
     return {"choices": inner} if kind is Literal else {"type": hint}
 
 
-def number_or_word(words: list[str], text: str) -> float | str:
-    """An argparse type."""
-    try:
-        return text if text in words else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor {' or '.join(words)}") from None
-
-
 def config_flags(path: str) -> list[str]:
-    """A JSON file of settings as flags, so that both meet the same checks."""
+    """A JSON file of settings as flags, so that both meet the same checks.  Raises BadConfig or BadModel."""
+    flags = []
     try:
-        settings, flags = read_json(Path(path)), []
-        settings = dict(settings.get("config", settings))
-    except (OSError, ValueError, TypeError) as error:
-        why = getattr(error, "strerror", None) or f"not a JSON object ({error})"
-        raise BadConfig(f"--config {path}: {why}") from None
+        settings = read_json(Path(path))
+    except OSError as error:
+        raise BadConfig(f"--config {path}: {error.strerror}") from None
+    settings = settings.get("config", settings)
+    refuse(not isinstance(settings, dict), f"--config {path}: its 'config' is not a JSON object")
     for name, value in settings.items():
-        dashed = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(dashed if value else "--no-" + dashed[2:])
+            flags.append(dashed(name if value else f"no_{name}"))
         elif isinstance(value, list):
-            flags += [dashed, *map(str, value)]
+            flags += [dashed(name), *map(str, value)]
         elif value is not None:
-            flags.append(f"{dashed}={value}")
+            flags.append(f"{dashed(name)}={value}")
     return flags
 
 
@@ -583,11 +573,10 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
     folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
-    model, tokenizer = open_policy(cfg, folder, world), Tokenizer(folder)
+    model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
     check_model(cfg, model, tokenizer, world)
     splits = load_splits(cfg, model, tokenizer, world)
-    split = splits[0]
-    measure_memory(cfg, model, split, world)
+    measure_memory(cfg, model, splits[0], world)
     if cfg.dry_run:
         return
     if cfg.reference:                                              # can it be written?
@@ -595,67 +584,69 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     with contextlib.ExitStack() as mine:
         world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", wait=False)).name)
         world.on_rank0(refuse_small_disk, cfg, model)
-        record = {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False,
-                  "phi_star": None, "dispersion_power": 0.0, "trust": None,
-                  "steps": split.steps, "pairs": len(split.pairs), "held_out": 0,
-                  "model_sha256": fingerprint(model, world), "data_sha256": split.digest(), "eval_data_sha256": None,
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                               "numpy": np.__version__}}
-        for held_out in splits[1:]:
-            record |= {"held_out": len(held_out.pairs), "eval_data_sha256": held_out.digest()}
-        state = world.on_rank0(start_or_resume, cfg, record)
+        state = world.on_rank0(start_or_resume, cfg, new_record(cfg, model, splits, world))
         if state is None:
             return
         others = []
         if cfg.references:
             model = None                                           # one model at a time is in memory
             others = score_others(cfg, splits, world)
-            model = open_policy(cfg, folder, world)
+            model = open_model(cfg, folder, world)
         prompt_weights(cfg, model, splits, others, state, world)
         if world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
-            write_json(out / "run.json", record)
+            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, splits[0], state))
+            write_json(out / "run.json", state["run"])
         asked = splits[-1].pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
         with deferred_signals() as signals:
             train(Run(cfg, model, world, state, signals, on_step), splits)
         after = answer(cfg, model, tokenizer, asked, world)
-        if world.rank == 0:
-            texts = [[tokenizer.text(ids) for ids in pair[:3]] for pair in asked]
-            write_jsonl(out / "samples.jsonl", (
-                {"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": b, "after": a}
-                for (prompt, chosen, rejected), b, a in zip(texts, before, after)))
         save_weights(cfg, model, out, world)
         if world.rank == 0:
-            write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
-        record["trust"] = verdict(cfg, split, state)
-        if record["trust"]:
-            world.say(f"verdict     {record['trust']['meaning']}")
-        if world.rank == 0:
-            write_json(out / "run.json", {**record, "finished": True, "skipped": state["skipped"]})
-            draw_curves(out)
-            write_file(out / "README.md", model_card(cfg, record, split).encode())
-            remove(checkpoints(out))
-            shutil.rmtree(out / "checkpoint", ignore_errors=True)
+            texts = [dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.text, pair[:3]))) for pair in asked]
+            write_jsonl(out / "samples.jsonl",
+                        ({**text, "before": b, "after": a} for text, b, a in zip(texts, before, after)))
+            finish(cfg, splits[0], state)
         world.barrier()                                            # nobody reads the folder before it is whole
-        saved = "the model" if not cfg.lora_rank else "adapter/ and the model it makes" if cfg.merge else "adapter/"
-        skipped = f"; {len(state['skipped'])} steps were skipped" if state["skipped"] else ""
-        world.say(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl{skipped}")
+
+
+def new_record(cfg: Config, model: Transformer, splits: list[Split], world: World) -> dict:
+    """run.json of a run that begins."""
+    sizes, digests = [len(each.pairs) for each in splits], [each.digest() for each in splits]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
+            "dispersion_power": 0.0, "trust": None, "steps": splits[0].steps, "pairs": sizes[0],
+            "held_out": sum(sizes[1:]), "model_sha256": fingerprint(model, world), "data_sha256": digests[0],
+            "eval_data_sha256": next(iter(digests[1:]), None), "versions": versions}
+
+
+def finish(cfg: Config, split: Split, state: dict) -> None:
+    """Write what is known at the end of a run, and say it; the checkpoint goes last."""
+    out, record = Path(cfg.out), state["run"]
+    record.update(finished=True, skipped=state["skipped"], trust=verdict(split, state))
+    if record["trust"]:
+        print(f"verdict     {record['trust']['meaning']}")
+    write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
+    write_json(out / "run.json", record)
+    draw_curves(out)
+    write_file(out / "README.md", model_card(cfg, record).encode())
+    remove(checkpoints(out))
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    if record["skipped"]:
+        print(f"skipped     {len(record['skipped'])} steps were skipped")
+    saved = {(False, False): "the model", (True, False): "adapter/", (True, True): "adapter/ and the model it makes"}
+    print(f"saved       {out}: {saved[cfg.lora_rank > 0, cfg.merge]}, and run.json, metrics.jsonl, dispersion.jsonl, "
+          "samples.jsonl", flush=True)
 
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
-    """A folder as a model on this device."""
+    """A folder as the policy is at first; a further reference too, so that both are scored alike."""
     gc.collect()                                                   # one that was let go may hang together in a circle
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
         dtype = world.dtype                                        # frozen weights need no more than that
     shard = (lambda model: apply_fsdp(model, world)) if world.shard else None
-    return Transformer.from_pretrained(folder, world.device, dtype, shard)
-
-
-def open_policy(cfg: Config, folder: Path, world: World) -> Transformer:
-    """The model as it will be trained."""
-    model = open_model(cfg, folder, world)
+    model = Transformer.from_pretrained(folder, world.device, dtype, shard)
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -751,9 +742,8 @@ def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) 
     model.zero_grad()
     share = 2 ** 30 * (world.size if world.shard else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
-    parameters = sum(p.numel() * p.itemsize for p in model.parameters()) / share
-    gradients = sum(p.numel() * p.itemsize for p in trained) / share
-    moments = sum(p.numel() * 8 for p in trained) / share
+    parameters, gradients = (sum(p.nbytes for p in some) / share for some in (model.parameters(), trained))
+    moments = 8 * sum(p.numel() for p in trained) / share
     world.say(f"memory      parameters {parameters:.2f}, gradients {gradients:.2f}, optimiser {moments:.2f} GiB per "
               f"process; forward and backward of the largest row, {tokens:,} tokens, reached {peak_memory(world):.2f} "
               "GiB before there is an optimiser")
@@ -767,27 +757,31 @@ def peak_memory(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
+@dataclass
 class Run:
-    """What the loop carries along: settings, model and optimiser, where it stands, the signals that ask it to stop."""
+    """What the loop carries along."""
+    cfg: Config
+    model: Transformer
+    world: World
+    state: dict                         # where it stands, as in state.json
+    signals: list[int]                  # which ask it to stop
+    on_step: Callable = lambda step, model: None
 
-    def __init__(self, cfg: Config, model: Transformer, world: World, state: dict, signals: list[int],
-                 on_step: Callable = lambda step, model: None):
-        self.cfg, self.model, self.world, self.state, self.signals = cfg, model, world, state, signals
-        self.policy, self.on_step = model, on_step
-        if world.size > 1 and not world.shard:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            self.policy = DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=ids)
-        self.optimizer = AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+    def __post_init__(self):
+        self.policy = self.model
+        if self.world.size > 1 and not self.world.shard:
+            self.policy = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.optimizer = AdamW([p for p in self.model.parameters() if p.requires_grad], self.cfg.lr)
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.world.dtype == torch.float16)
         self.saved = time.perf_counter()           # when a checkpoint was written last, or the loop began
-        self.started = self.saved - state["seconds"]
-        if state["step"]:
-            load_checkpoint(checkpoints(Path(cfg.out))[0], model, self.optimizer)
-            self.scaler.load_state_dict(state["scaler"])
+        self.started = self.saved - self.state["seconds"]
+        if self.state["step"]:
+            load_checkpoint(checkpoints(Path(self.cfg.out))[0], self.model, self.optimizer)
+            self.scaler.load_state_dict(self.state["scaler"])
             with contextlib.suppress(OSError):                     # Linux: the peak of memory is that of the steps now
                 Path("/proc/self/clear_refs").write_text("5")
         for name in ("metrics", "evaluations"):
-            cut_log(Path(cfg.out) / f"{name}.jsonl", state["step"], world)
+            cut_log(Path(self.cfg.out) / f"{name}.jsonl", self.state["step"], self.world)
 
     def update_weights(self, split: Split, step: int, bad: list[int]) -> float:
         """Clip the gradients and step; returns their norm.  A step is noted and left out, or RunFailed is raised, where
@@ -815,15 +809,15 @@ class Run:
 
     def log_step(self, split: Split, step: int, figures: dict[str, float], began: float) -> None:
         """Record what is known of a step, and say the most important of it."""
-        method, batch, now = self.cfg.method, split.schedule.batch(step), time.perf_counter()
+        method, batch = self.cfg.method, split.schedule.batch(step)
+        now = time.perf_counter()
         tokens = sum(split.schedule.costs[i] for i in batch)
         entry = {"step": step, **figures, "weight": split.weight[batch].mean().item(),
                  "dispersion_power": self.state["run"]["dispersion_power"],
                  "pairs_per_second": len(batch) / (now - began), "tokens_per_second": tokens / (now - began),
                  "memory_gib": peak_memory(self.world), "seconds": now - self.started}
         append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
-        known = method.token_weights == "equal" or method.alpha == 1      # (then all r(y) are 0, whatever the weights)
-        if step == 0 and method.link and method.alpha and known:
+        if step == 0 and method.link and method.alpha:
             self.check_first_loss(split, entry["loss"])
         done = step + 1                                           # what is told counts the steps that are finished
         if done % self.cfg.log_every == 0 or done in (1, split.steps):
@@ -836,6 +830,8 @@ class Run:
     def check_first_loss(self, split: Split, loss: float) -> None:
         """Compare the first loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
         batch, near = split.schedule.batch(0), 1e-4 if self.world.dtype == torch.float32 else 1e-2
+        if self.cfg.method.token_weights != "equal" and self.cfg.method.alpha != 1:
+            return                                                 # (with alpha 1 all r(y) are 0, whatever the weights)
         length = torch.tensor([[len(split.pairs[i].chosen), len(split.pairs[i].rejected)] for i in batch])
         start, ref, weight, advantage = (values[batch].cpu() for values in (split.start_logp, split.ref_logp,
                                                                             split.weight, split.advantage))
@@ -906,12 +902,10 @@ class World(NamedTuple):
 
     def on_rank0(self, job: Callable, *arguments):
         """What job(*arguments) returns on rank 0, or raises there, on all ranks."""
-        result = [None]
-        if self.rank == 0:
-            try:
-                result = [job(*arguments)]
-            except Exception as error:
-                result = [error]
+        try:
+            result = [job(*arguments) if self.rank == 0 else None]
+        except Exception as error:
+            result = [error]
         if self.size > 1:
             dist.broadcast_object_list(result)
         if isinstance(result[0], Exception):
@@ -995,21 +989,19 @@ class AdamW:
     @torch.no_grad()
     def step(self, shrink: Tensor) -> None:
         """One step with the gradients divided by `shrink` (), which clips them in passing; then they are gone."""
-        if all(p.dtype == torch.float32 for p in self.params):
-            return self._update(self.params, self.params, [p.grad for p in self.params], shrink)
-        generator = None
-        for p in self.params:                                        # one float32 copy at a time
-            value = p.float()
-            self._update([p], [value], [p.grad.float()], shrink)
+        groups, generator = [self.params], None
+        if any(p.dtype == torch.bfloat16 for p in self.params):
+            groups = [[p] for p in self.params]                      # one float32 copy at a time
+        for params in groups:
+            values, grads = [p.float() for p in params], [p.grad.float() for p in params]    # (of float32: p itself)
+            first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            adamw(values, grads, first, second, [], steps, fused=True, grad_scale=shrink, lr=self.lr, beta1=0.9,
+                  beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+            p = params[0]
             if p.dtype == torch.bfloat16:                            # which is the upper half of float32
-                generator = generator or torch.Generator(p.device).manual_seed(int(self.state[p]["step"]))
+                generator = generator or torch.Generator(p.device).manual_seed(int(steps[0]))
                 noise = torch.randint(1 << 16, p.shape, generator=generator, device=p.device, dtype=torch.int32)
-                p.copy_(((value.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
-
-    def _update(self, params, values, grads, shrink) -> None:
-        first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(values, grads, first, second, [], steps, fused=True, grad_scale=shrink, lr=self.lr, beta1=0.9,
-              beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+                p.copy_(((values[0].view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1017,7 +1009,11 @@ class AdamW:
 
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
               "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
-STATE = {"step": int, "seconds": float, "skipped": list, "agrees": list, "scaler": dict, "run": dict, "sha256": dict}
+STATE = {           # what state.json must hold
+    "step": lambda x: type(x) is int and x >= 0, "seconds": lambda x: type(x) is float,
+    "skipped": lambda x: type(x) is list, "agrees": lambda x: type(x) is list and all(y in (0, 0.5, 1) for y in x),
+    **dict.fromkeys(("scaler", "run", "sha256"), lambda x: type(x) is dict),
+}
 SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
@@ -1056,6 +1052,10 @@ def write_jsonl(path: Path, entries) -> None:
     write_file(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode())
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def append_json(path: Path, entry: dict, world: World) -> None:
     if world.rank == 0:
         with open(path, "ab") as file:
@@ -1064,13 +1064,10 @@ def append_json(path: Path, entry: dict, world: World) -> None:
 
 def cut_log(path: Path, first: int, world: World) -> None:
     """Leave out what an interrupted run wrote of step `first` and later, and half of a line."""
-    if world.rank or not path.exists():
-        return
-    with open(path, "r+b") as file:
-        end = 0
-        while (line := re.fullmatch(rb'\{"step": (\d+).*\}\n', file.readline())) and int(line[1]) < first:
-            end = file.tell()
-        file.truncate(end)
+    if world.rank == 0 and path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        found = [re.fullmatch(rb'\{"step": (\d+).*\}\n', line) for line in lines]
+        write_file(path, b"".join(each[0] for each in found if each and int(each[1]) < first))
 
 
 class Scores(NamedTuple):
@@ -1134,24 +1131,25 @@ def refuse_small_disk(cfg: Config, model: Transformer) -> None:
            "--out, or do without checkpoints (--save-every 0)")
 
 
-def checkpoint_due(run: Run, done: int) -> bool:
-    """Whether --save-every asks for a checkpoint after so many steps."""
-    every = run.cfg.save_every
-    due = time.perf_counter() - run.saved > SAVE_SECONDS if every is None else done % every == 0
-    return run.world.on_rank0(lambda: due) if run.world.shard else due                    # all ranks by one clock
+def checkpoint_due(run: Run, done: int, steps: int) -> bool:
+    """Whether a checkpoint is due after so many steps; by the clock of the first rank."""
+    every, late = run.cfg.save_every, time.perf_counter() - run.saved > SAVE_SECONDS
+    return run.world.rank == 0 and (done == steps or (done % every == 0 if every else late))
 
 
 def save_checkpoint(run: Run, done: int) -> None:
     """The model's folder, in state.safetensors the weights as trained and what AdamW keeps of each, the state as JSON.
     Only when all of it is on the disk, the checkpoint before is removed."""
-    cfg, model, out, tensors = run.cfg, run.model, Path(run.cfg.out), {}
-    new = out / "checkpoint" / "new"
     if run.world.rank and not run.world.shard:
         return
+    cfg, model = run.cfg, run.model
+    out, tensors = Path(cfg.out), {}
+    new = out / "checkpoint" / "new"
     run.state.update(step=done, seconds=time.perf_counter() - run.started, scaler=run.scaler.state_dict())
     for name, p in model.named_parameters():
-        for kind, value in {"weight": p, **run.optimizer.state.get(p, {})}.items() if p.requires_grad else ():
-            tensors[f"{kind}.{name}"] = to_cpu(value)
+        if p in run.optimizer.state:                               # it is trained
+            kept = {"weight": p, **run.optimizer.state[p]}
+            tensors |= {f"{kind}.{name}": to_cpu(value) for kind, value in kept.items()}
     if run.world.rank:
         return save_weights(cfg, model, new / "model", run.world)
     try:
@@ -1203,69 +1201,80 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     """The state that the steps start from: a new one, or with --resume the newest checkpoint's; None: all is done.
     Raises BadConfig if there is a checkpoint but no --resume, or if it is of another run, or damaged."""
     out, found = Path(cfg.out), checkpoints(Path(cfg.out))
-    where = found[0] / "state.json" if found else out / "run.json"
-    state = read_json(where) if where.exists() else {}
-    refuse(found and not cfg.resume, f"{where.parent}: of a run that was interrupted; --resume continues it; to start "
-           f"afresh choose another --out, or remove {out / 'checkpoint'}")
-    finished = state.get("finished")
-    if not found and not (cfg.resume and finished):
-        why = "; there is no checkpoint" if cfg.resume else "; in place of the finished run" if finished else ""
-        print(f"start       with step 1{why}")
-        write_json(out / "run.json", record)                       # from now on the folder is this run's
-        return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
-    wrong = [name for name, kind in STATE.items() if found and type(state.get(name)) is not kind]
-    if found and not wrong and any(value not in (0, 0.5, 1) for value in state["agrees"]):
-        wrong = ["agrees"]
-    refuse(wrong or state.get("step", 0) < 0,
-           f"--resume: {where} says nothing usable of {', '.join(wrong) or 'step'}; remove the folder")
-    old, new = must_match(state.get("run", state)), must_match(record)
-    changed = ", ".join(f"{name} ({old.get(name)!s:.12}, now {value!s:.12})" for name, value in new.items()
-                        if old.get(name) != value)
-    refuse(changed, f"--resume: {where} is of a run with other settings: {changed}; choose another --out")
-    if not found:
+    if found:
+        refuse(not cfg.resume, f"{found[0]}: of a run that was interrupted; --resume continues it; to start afresh "
+               f"choose another --out, or remove {out / 'checkpoint'}")
+        state = read_checkpoint(found[0])
+        refuse_changes(found[0] / "state.json", state["run"], record)
+        print(f"start       after step {state['step']}, from {found[0]}")
+        return {**state, "run": record}
+    former = read_json(out / "run.json") if (out / "run.json").exists() else {}
+    if cfg.resume and former.get("finished"):
+        refuse_changes(out / "run.json", former, record)
         print(f"finished    {out}: there is nothing to do")
         return None
-    there = {str(path.relative_to(found[0])): path for path in found[0].rglob("*") if path.is_file() and path != where}
+    why = "; there is no checkpoint" if cfg.resume else ""
+    if former.get("finished"):
+        why = "; in place of the finished run"
+    print(f"start       with step 1{why}")
+    write_json(out / "run.json", record)                           # from now on the folder is this run's
+    return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """Its state.  Raises BadConfig if a part of it is missing or not as it was written."""
+    where = folder / "state.json"
+    state = read_json(where) if where.exists() else {}
+    wrong = [name for name, fits in STATE.items() if not fits(state.get(name))]
+    refuse(wrong, f"--resume: {where} says nothing usable of {', '.join(wrong)}; remove the folder")
+    there = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file() and path != where}
     for name in there | state["sha256"]:                           # what is there, and nothing else
         refuse(name not in there or sha256(there[name]) != state["sha256"].get(name),
-               f"--resume: {found[0] / name} is not as it was written; remove the folder {found[0]}")
-    print(f"start       after step {state['step']}, from {found[0]}")
-    return {**state, "run": record}
+               f"--resume: {folder / name} is not as it was written; remove the folder {folder}")
+    return state
 
 
-def must_match(record: dict) -> dict:
-    """What must be alike in a run that is resumed: settings, as JSON has them, and the contents behind some."""
-    config, defaults = record.get("config"), {f.name: f.default for f in dataclasses.fields(Config)}
-    known = {**defaults, **config} if isinstance(config, dict) else {}       # a run older than a flag had its default
-    settings = {"schema": record.get("schema"), **known}
-    return nan_to_null({name: record.get(f"{name}_sha256", settings[name])
-                        for name in settings if name not in MAY_CHANGE})
+def refuse_changes(where: Path, former: dict, record: dict) -> None:
+    """Raise BadConfig if a run with this record is not what the former one was, of which `where` tells: its settings,
+    as JSON has them, or the contents behind them, must be alike."""
+    record, changed = nan_to_null(record), []
+    config = former.get("config")
+    refuse(not isinstance(config, dict) or former.get("schema") != record["schema"],
+           f"--resume: {where} has not the settings of a run, as this program writes them; choose another --out")
+    for f in dataclasses.fields(Config):
+        old = former.get(f"{f.name}_sha256", config.get(f.name, f.default))       # older than a flag: had its default
+        new = record.get(f"{f.name}_sha256", record["config"][f.name])
+        if old != new and f.name not in MAY_CHANGE:
+            changed.append(f"{f.name} ({old!s:.12}, now {new!s:.12})")
+    refuse(changed, f"--resume: {where} is of a run with other settings: {', '.join(changed)}; choose another --out")
 
 
-CURVES = {"loss": ("loss",), "accuracy": ("accuracy",), "rewards": ("margin", "chosen_reward", "rejected_reward")}
+CURVES = {          # panel of curves.png: its curves, keys of metrics.jsonl or of what held_out_curves makes
+    "loss": ("loss", "loss, held out"), "accuracy": ("accuracy", "accuracy, held out"),
+    "rewards": ("margin", "margin, held out", "chosen_reward", "rejected_reward"),
+    "accuracy by quarter, held out": ("least agreement", "second", "third", "most agreement"),
+}
 
 
 def draw_curves(out: Path) -> None:
     """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
-    rows = []
-    for name, note in (("metrics", ""), ("evaluations", ", held out")):
-        path = out / f"{name}.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            shown = [(metric, field.replace("_", " ") + note, entry[field])
-                     for metric, fields in CURVES.items() for field in fields if note == "" or field in fields[:1]]
-            shown += [("held-out accuracy, 1: least agreement", f"quarter {i}", share)
-                      for i, share in enumerate(entry.get("accuracy_by_quartile", ()), 1)]
-            rows += [{"step": entry["step"], "metric": metric, "curve": curve, "value": value}
-                     for metric, curve, value in shown if value is not None]
-    draw(rows, Panel("step", "value", "curve", "finished steps", "value", facet="metric"), out / "curves.png")
+    quarters, rows = CURVES["accuracy by quarter, held out"], []
+    entries = read_jsonl(out / "metrics.jsonl")
+    for entry in read_jsonl(out / "evaluations.jsonl"):
+        entries.append({f"{name}, held out": entry[name] for name in ("loss", "accuracy", "margin")}
+                       | dict(zip(quarters, entry["accuracy_by_quartile"])) | {"step": entry["step"]})
+    for name, curves in CURVES.items():
+        rows += [{"measure": name, "curve": curve, "step": entry["step"], "value": entry[curve]}
+                 for curve in curves for entry in entries if entry.get(curve) is not None]
+    draw(rows, Panel("step", "value", "curve", "finished steps", "value", facet="measure"), out / "curves.png")
 
 
-def model_card(cfg: Config, record: dict, split: Split) -> str:
+def model_card(cfg: Config, record: dict) -> str:
     """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how to load it."""
-    path = Path(cfg.out) / "evaluations.jsonl"
-    figures = json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
-    held_out = ", ".join(f"{name} {figures[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in figures)
+    held_out = "nothing"
+    for entry in read_jsonl(Path(cfg.out) / "evaluations.jsonl")[-1:]:
+        figures = (math.nan if entry[name] is None else entry[name] for name in ("loss", "accuracy", "margin"))
+        held_out = "loss {:.4f}, accuracy {:.4f}, margin {:.4f}".format(*figures)
     folder = "" if cfg.merge or not cfg.lora_rank else "/adapter"
     library = "peft" if folder else "transformers"
     settings = "\n".join(f"| {name} | {value} |" for name, value in shown_settings(cfg.method).items())
@@ -1278,11 +1287,11 @@ tags: [mallowspo, {cfg.loss}, preference-optimisation]
 ---
 # {Path(cfg.model).name}, preference-trained by {cfg.loss}
 
-Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}`, for {split.steps} steps of
-{min(cfg.batch_size, len(split.pairs))} pairs at a learning rate of {cfg.lr}.
+Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}`, for {record["steps"]} steps of
+{min(cfg.batch_size, record["pairs"])} pairs at a learning rate of {cfg.lr}.
 
 Data: {", ".join(f"`{name}`" for name in cfg.data)}, {record["pairs"]:,} pairs (hash {record["data_sha256"][:16]}).
-Held out: {held_out or "nothing"}.
+Held out: {held_out}.
 Dispersion: phi_star {record["phi_star"]}, power {record["dispersion_power"]}. Verdict: {meaning}.
 
 | method | {cfg.loss} |
@@ -1386,8 +1395,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
                 runs += fit_and_measure(name, job, population, world)[-1:]
             world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
     if world.rank == 0:
-        lines = (Path(job.out) / "dispersion.jsonl").read_text().splitlines()
-        content, text = report(population, runs, [json.loads(line) for line in lines])
+        content, text = report(population, runs, read_jsonl(Path(job.out) / "dispersion.jsonl"))
         write_json(out / "report.json", content)
         print(f"\n{text}\n\nwritten to {out / 'report.json'}")
         rows = [{**run, "measure": name, "value": run[name]} for name in MEASURES for run in runs]

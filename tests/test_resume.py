@@ -330,6 +330,14 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, {"b": None}], "c": None, "d": 0.1}
 
 
+def test_the_card_of_a_run_that_ends_without_a_number(tmp_path):
+    figures = {"step": 4, "loss": math.nan, "accuracy": 0.5, "margin": 0}
+    train.append_json(tmp_path / "evaluations.jsonl", figures, ALONE)
+    record = {"steps": 4, "pairs": 8, "data_sha256": "", "phi_star": None, "dispersion_power": 0.0, "trust": None}
+    card = train.model_card(Config(model="some/model", data="pairs.jsonl", out=str(tmp_path)), record)
+    assert "Held out: loss nan, accuracy 0.5000, margin 0.0000." in card and "for 4 steps of" in card
+
+
 # --- more than one --------------------------------------------------------------------------------------------
 
 def test_two_runs_in_one_folder(job, tmp_path):

@@ -283,7 +283,8 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--model", ""], "--model is '', it must not be empty"), (["--eval-data", "x", "--eval-pairs", 3], "one of them"),
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--dispersion-power", "9"], "--dispersion-power is 9.0"),
-    (["--dispersion-power", "a"], "'a' is not a number, nor learn"), (["--dispersion", "scores"], "no 'scores'"),
+    (["--dispersion-power", "a"], "--dispersion-power is 'a', it must be learn"),
+    (["--dispersion", "scores"], "no 'scores'"),
     (["--dispersion-power", "learn", "--loss", "dpo"], "--loss dpo has no dispersion"),
     (["--dispersion-power", "learn", "--phi-star", "1"], "--phi-star is for a power that is given"),
     (["--max-tokens", "5000"], "made for 128 positions"),
@@ -345,7 +346,7 @@ def test_config_files(run, make_model, pairs, tmp_path):
     cfg, given = train.parse_flags(["--config", str(tmp_path / "c.json"), "--beta", "0.2"], {})
     assert cfg.beta == 0.2 and cfg.skip_bad and given["model"] == str(make_model()) and cfg.method.beta == 0.2
     for content, words in [('{"bettta": 1}', "unrecognized arguments: --bettta=1"), ("[1]", "not a JSON object"),
-                           ('{"lr": "x"}', "invalid float value: 'x'"), ("{", "not a JSON object")]:
+                           ('{"lr": "x"}', "invalid float value: 'x'"), ("{", "not JSON")]:
         (tmp_path / "c.json").write_text(content)
         refused(run("train.py", "--config", tmp_path / "c.json"), words)
 
