@@ -484,7 +484,6 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
-        self.known = {}                                 # ids of texts that `pairs` has encoded
         config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
         with complaint(f"{folder}: not a tokenizer"):
             self.backend = tokenizers.Tokenizer.from_buffer(_read(folder / "tokenizer.json"))
@@ -513,7 +512,6 @@ class Tokenizer:
             day = datetime.now().strftime("%x") if "strftime" in str(template) else ""
             self.digest = hashlib.sha256(b"".join(map(_read, files)) + day.encode()).hexdigest()
             self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
-            self.bos_text, self.eos_text = self.text(self.bos), self.text([self.eos])
 
     def _find_eos(self, folder: Path) -> int:
         if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
@@ -550,117 +548,168 @@ class Tokenizer:
                 self.template = "{{ raise_exception('it takes too long') }}"
             raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
 
-    def _encode(self, text):
+    def _encode(self, text: str) -> list[int]:
         with complaint("the tokenizer fails"):
-            return self.known.get(text) or self.backend.encode(text, add_special_tokens=False).ids
+            return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _continue(self, text):
-        return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def text(self, ids) -> str:
+        with complaint("the tokenizer fails"):
+            return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def _text_all(self, parts: list[tuple[int, ...]]) -> list[str]:
+        return self.backend.decode_batch(parts, skip_special_tokens=False)
 
     def prompt(self, text: Text) -> list[int]:
         """Ids of a string, with the token that starts a text; or of a chat, with the beginning of the assistant's
         turn, where the template alone decides on a token that starts it."""
         if isinstance(text, list):
             return self._encode(self.render(text, True))
-        ids = self._encode(text)
-        return ids if ids[:len(self.bos)] == self.bos else self.bos + ids
+        return self._start(self._encode(text))
 
     def response(self, text: str) -> list[int]:
         """Ids of a text that continues another one, and the end token (once)."""
-        ids = self._continue(text)
+        return self._end(self._encode(self.anchor + text)[len(self._encode(self.anchor)):])
+
+    def _start(self, ids: list[int]) -> list[int]:
+        return ids if ids[:len(self.bos)] == self.bos else self.bos + ids
+
+    def _end(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
-    def text(self, ids) -> str:
-        with complaint("the tokenizer fails"):
-            return self.backend.decode(list(ids), skip_special_tokens=False)
+    def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
+        """What `pairs` has for a record.  Raises BadData."""
+        found = self.pairs([record])[0]
+        if isinstance(found, BadData):
+            raise found
+        return found
 
     def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """The ids of many records, or what `pair` raises of each.  All texts are rendered within one limit and encoded
-        at once; what fails so fails again when `pair` meets it alone, and says why."""
-        texts = [None] * len(records)
+        """Prompt, chosen and rejected ids of each record, or BadData: they must decode to its text, exactly to a
+        string, but for white space to a rendered chat, where some special tokens take it in.  Chats are rendered within
+        one limit, all texts encoded at once, all ids decoded at once."""
+        spelled = self._spell_all(records)
+        wanted = [text for each in spelled if isinstance(each, Spelled) for text in each.pieces()]
+        ids = Known(self._encode, self._encode_all, wanted)
+        drafts = [attempt(self._draft, each, ids) for each in spelled]
+        wanted = [whole for draft in drafts if isinstance(draft, Draft) for whole in draft.wholes()]
+        texts = Known(self.text, self._text_all, wanted)
+        return [attempt(self._finish, draft, texts) for draft in drafts]
+
+    def _spell_all(self, records: list[Record]) -> list["Spelled | BadData"]:
+        """What fails within the common limit fails again alone, and says why."""
+        spelled = [None] * len(records)
         with contextlib.suppress(Exception), bounded(*RENDERING):
             for i, record in enumerate(records):
-                texts[i] = self._texts(record, self._fill)
-        wanted = []
-        for record, spelled in zip(records, texts):
-            if spelled and isinstance(record.prompt, list):
-                cut = self._last_mark(spelled[0])
-                wanted += [spelled[0], *(text[cut:] for text in spelled)]
-            elif spelled:
-                wanted += [spelled[0], *(self.anchor + whole[len(spelled[0]):] for whole in spelled[1:])]
-        wanted = list(dict.fromkeys(wanted))            # prompts that repeat, once
-        with contextlib.suppress(BadData), complaint(""):
-            found = self.backend.encode_batch_fast(wanted, add_special_tokens=False)
-            self.known.update(zip(wanted, (each.ids for each in found)))
-            for record, spelled in zip(records, texts):
-                if spelled and isinstance(record.prompt, list):
-                    self._join(*spelled)
-        pairs = []
-        for record, spelled in zip(records, texts):
-            try:
-                pairs.append(self.pair(record, spelled))
-            except BadData as error:
-                pairs.append(BadData(f"{error!s:.500}"))
-        self.known.clear()
-        return pairs
+                spelled[i] = self._spell(record, self._fill)
+        return [found or attempt(self._spell, record, self.render) for found, record in zip(spelled, records)]
 
-    def _last_mark(self, start: str) -> int:
-        """Where the last added token of a rendered prompt ends: what stands there is encoded apart from the rest."""
-        return max((match.end() for match in self.mark.finditer(start)), default=0)
-
-    def _join(self, start: str, *wholes: str) -> None:
-        """The ids of a prompt with a response: the prompt's up to its last added token, and those of what follows, if
-        with the prompt alone that is true."""
-        cut = self._last_mark(start)
-        whole, behind = self.known[start], self.known[start[cut:]]
-        if cut and start[cut:].strip() and whole[len(whole) - len(behind):] == behind:
-            head = whole[:len(whole) - len(behind)]
-            self.known.update({text: head + self.known[text[cut:]] for text in wholes if text.startswith(start)})
-
-    def _texts(self, record: Record, render) -> list[str]:
-        """The text of the prompt, and those of the prompt with each response there is."""
+    def _spell(self, record: Record, render: Callable) -> "Spelled":
         sides = [side for side in (record.chosen, record.rejected) if side]
         if isinstance(record.prompt, str):
-            return [record.prompt, *(record.prompt + side for side in sides)]
-        return [render(record.prompt, True), *(render([*record.prompt, *side], False) for side in sides)]
+            return Spelled(False, record.prompt, [record.prompt + side for side in sides], self.anchor)
+        start = render(record.prompt, True)
+        lead = start[max((match.end() for match in self.mark.finditer(start)), default=0):]
+        wholes = [render([*record.prompt, *side], False) for side in sides]
+        return Spelled(True, start, wholes, lead if lead.strip() else start)
 
-    def pair(self, record: Record, texts: list[str] | None = None) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
-        string; to a rendered chat but for white space, which some special tokens take in."""
-        chat = isinstance(record.prompt, list)
-        start, *wholes = texts or self._texts(record, self.render)
-        prompt, responses = self._encode(start) if chat else self.prompt(start), []
+    def _draft(self, spelled: "Spelled", ids: "Known") -> "Draft":
+        """Ids as the texts have them.  A chat's are those that transformers makes of the whole text, if the prompt's
+        are their beginning; then what stands before the lead need not be encoded again."""
+        prompt, lead = ids[spelled.start], spelled.lead
+        if spelled.chat and prompt[len(prompt) - len(ids[lead]):] != ids[lead]:
+            lead = spelled.start
+        answers = []
+        for answer in spelled.answers():
+            found, before = ids[lead + answer], ids[lead]
+            if found[:len(before)] != before:                       # the seam moves: the answer alone
+                found, before = ids[self.anchor + answer], ids[self.anchor]
+            answers.append(found[len(before):])
+        return Draft(spelled, prompt, answers)
+
+    def _finish(self, draft: "Draft", texts: "Known") -> tuple[list[int], list[int], list[int]]:
+        """Check the ids, and give a string the tokens that start and end a text, a chat's turn one that ends it."""
+        (chat, start, wholes, _), answers = draft.spelled, []
+        prompt = draft.prompt if chat else self._start(draft.prompt)
         if not prompt:
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        for name, whole in zip(("chosen", "rejected"), wholes):
-            ids, same = (self._turn if chat else self._string)(start, whole, prompt)
-            if not same:
+        for name, whole, answer, both in zip(("chosen", "rejected"), wholes, draft.answers, draft.wholes()):
+            if chat:
+                check_seam(start, whole)
+            if texts[both] != whole and not (chat and "".join(texts[both].split()) == "".join(whole.split())):
                 raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
                               "or drops a character there; move the space or line break at the seam into the "
                               "response, or remove the character")
-            responses.append(ids)
-        if responses[1:] == responses[:1]:
+            answers.append(self._end_turn(answer, texts) if chat else self._end(answer))
+        if answers[1:] == answers[:1]:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
-        return prompt, *[*responses, []][:2]
+        return prompt, *[*answers, []][:2]
 
-    def _string(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
-        """Ids of what stands behind the start, and whether all decodes to the whole."""
-        ids = self.response(whole[len(start):])
-        plain = prompt if self.bos and start.startswith(self.bos_text) else prompt[len(self.bos):]
-        return ids, self.text([*plain, *(ids if whole.endswith(self.eos_text) else ids[:-1])]) == whole
+    def _end_turn(self, ids: list[int], texts: "Known") -> list[int]:
+        """The ids up to the last added token (<|im_end|>, </s>), if only white space follows it: there the turn ends.
+        A template that ends no turn so gets the end token."""
+        last = next((i for i in range(len(ids), 0, -1) if ids[i - 1] in self.ends), 0)
+        return ids[:last] if last and not texts[tuple(ids[last:])].strip() else [*ids, self.eos]
 
-    def _turn(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
-        """The same of a rendered chat, up to the last added token (<|im_end|>, </s>), if only white space follows it:
-        there the turn ends.  A template that ends no turn so gets the end token."""
-        if not whole.startswith(start) or not whole[len(start):].strip():
-            at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
-            raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, where "
-                          f"with a response behind it there is {whole[at:at + 50]!r}")
-        ids = self._encode(whole)                                       # as transformers does, if the seam holds
-        ids = ids[len(prompt):] if ids[:len(prompt)] == prompt else self._continue(whole[len(start):])
-        same = "".join(self.text(prompt + ids).split()) == "".join(whole.split())
-        last = max((i + 1 for i, token in enumerate(ids) if token in self.ends), default=0)
-        return ids[:last] if last and not self.text(ids[last:]).strip() else [*ids, self.eos], same
+
+class Spelled(NamedTuple):
+    """The texts of a record."""
+    chat: bool
+    start: str                   # the prompt
+    wholes: list[str]            # the prompt with each response
+    lead: str                    # encoded before a response: of a chat what follows the prompt's last added token
+
+    def answers(self) -> list[str]:
+        return [whole[len(self.start):] for whole in self.wholes]
+
+    def pieces(self) -> list[str]:
+        """What is to be encoded."""
+        return [self.start, self.lead, *(self.lead + answer for answer in self.answers())]
+
+
+class Draft(NamedTuple):
+    """The ids of a record's texts, without a token that its texts do not spell."""
+    spelled: Spelled
+    prompt: list[int]
+    answers: list[list[int]]
+
+    def wholes(self) -> list[tuple[int, ...]]:
+        return [(*self.prompt, *answer) for answer in self.answers]
+
+
+class Known(dict):
+    """What a function gives: for those that are wanted found all at once, where that does not fail."""
+
+    def __init__(self, one: Callable, many: Callable, wanted: list):
+        self.one, wanted = one, list(dict.fromkeys(wanted))
+        with contextlib.suppress(BadData), complaint(""):
+            self.update(zip(wanted, many(wanted)))
+
+    def __missing__(self, key):
+        self[key] = found = self.one(key)
+        return found
+
+
+def attempt(job: Callable, item, *more):
+    """job(item, *more), or the BadData that it raises; an item that is BadData stays as it is."""
+    if isinstance(item, BadData):
+        return item
+    try:
+        return job(item, *more)
+    except NoPreference as error:
+        return error
+    except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
+        return BadData(f"{error!s:.500}")
+
+
+def check_seam(start: str, whole: str) -> None:
+    """Raises BadData unless a rendered chat begins with its rendered prompt, and goes on."""
+    if not whole.startswith(start) or not whole[len(start):].strip():
+        at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
+        raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, where "
+                      f"with a response behind it there is {whole[at:at + 50]!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -740,6 +789,12 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
     return columns
 
 
+def parse_line(line: bytes, need_rejected: bool, columns: dict[str, str] | None) -> Record:
+    if len(line) > LONGEST[0]:                                      # one of an array
+        raise BadData(f"longer than {LONGEST[0]:,} bytes")
+    return parse(decode_json(line), need_rejected, columns)
+
+
 def in_blocks(items: Iterator, size: int) -> Iterator[list]:
     """Lists of so many; what was read before the items end in BadData comes before it."""
     block = []
@@ -761,16 +816,7 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
     names = [names] if isinstance(names, str | Path) else names
     for block in in_blocks(itertools.chain.from_iterable(map(read_lines, names)), 64):
-        records = []
-        for _, line in block:
-            try:
-                if len(line) > LONGEST[0]:                  # one of an array
-                    raise BadData(f"longer than {LONGEST[0]:,} bytes")
-                records.append(parse(decode_json(line), need_rejected, columns))
-            except NoPreference as error:
-                records.append(error)
-            except (BadData, RecursionError) as error:      # the latter from thousands of brackets
-                records.append(BadData(f"{error!s:.500}"))
+        records = [attempt(parse_line, line, need_rejected, columns) for _, line in block]
         good = [record for record in records if not isinstance(record, BadData)]
         found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
         for (where, _), record in zip(block, records):

@@ -262,6 +262,21 @@ def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
         for records in (chats, texts, chats[:3] + texts[:3]):
             found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records)]
             assert found == [alone(ours, record) for record in records]
+            for record, ids in zip(records, found):
+                if isinstance(record.prompt, list) and isinstance(ids, tuple):
+                    assert_ids_of_the_whole(ours, record, *ids)
+
+
+def assert_ids_of_the_whole(ours, record, prompt, *answers):
+    """They are those of the rendered texts, each encoded in one piece."""
+    def encode(text):
+        return ours.backend.encode(text, add_special_tokens=False).ids
+    assert prompt == encode(ours.render(record.prompt, True))
+    for side, answer in zip((record.chosen, record.rejected), answers):
+        whole, both = encode(ours.render([*record.prompt, *side], False)), prompt + answer
+        if whole[:len(prompt)] == prompt:
+            both = both if both == whole[:len(both)] else both[:-1]              # it got an end token
+            assert both == whole[:len(both)] and not ours.text(whole[len(both):]).strip()
 
 
 @pytest.mark.parametrize("name", TURN_ENDS)
