@@ -220,8 +220,11 @@ def plain(text: Text) -> str:
 
 def _text(name: str, value) -> Text:
     """A string, or messages whose contents are strings (a content of text parts is joined); checked."""
-    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no character")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no "
+                      "character") from None
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
@@ -449,7 +452,9 @@ def compile_template(source: str):
     world.filters["tojson"] = tojson
     world.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     # {% generation %} marks what the assistant says: here a scope, no more.
-    return world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
+    template = world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
+    template.globals = dict(template.globals)           # a chain of tables, which each rendering would copy slowly
+    return template
 
 
 def _read(path: Path) -> bytes:
@@ -894,11 +899,12 @@ def _checksum(tensors: dict[str, np.ndarray]) -> str:
 
 
 def read_dataset(path: Path, key: str) -> Dataset | None:
-    """What write_dataset wrote, or None: there is nothing, or it is of another key, or damaged."""
+    """What write_dataset wrote, its ids as views of the mapped file, or None: there is nothing, or it is of another
+    key, or damaged."""
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(path, "pt") as file:             # its tensors are views of the file, numpy's would be copies
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("ids", "lengths", "facts")}
+            tensors = {name: file.get_tensor(name).numpy() for name in ("ids", "lengths", "facts")}
         if metadata.get("key") != key or metadata.get("sha256") != _checksum(tensors):
             return None
     except (OSError, SafetensorError, KeyError, AttributeError, TypeError):
