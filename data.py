@@ -302,87 +302,94 @@ REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", text) of each line that is not blank, of a plain or .gz file; ("file:record", text) of each item,
-    if a .json file holds an array."""
-    path, number, size = fetch(name), 0, 0
+    """("file:line", text) of each line that is not blank, or of each item of an array, or row of a table, as JSON.
+    Raises BadData."""
+    path = fetch(name)
     if path.is_dir():
         raise BadData(f"{name}: a folder; give its files, or of one by datasets' save_to_disk make one: "
                       "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
-    table = next((reader for fits, reader in TABLES if fits(path)), None)
-    if table:
-        yield from ((f"{name}:{number}", json.dumps(row, default=str).encode()) for number, row in table(name, path))
-        return
+    begin = _begin(path)
+    reader = next(reader for fits, reader in READERS if fits(path.suffixes, begin))
+    yield from ((f"{name}:{number}", text) for number, text in reader(name, path) if text.strip())
+
+
+def _open(path: Path):
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+
+def _begin(path: Path) -> bytes:
+    """What a file begins with; nothing of a pipe, which can be read once, nor of what is no .gz file."""
+    if path.is_file():
+        with contextlib.suppress(EOFError, OSError, zlib.error), _open(path) as file:
+            return file.read(4096).removeprefix(BOM).lstrip()
+    return b""
+
+
+def _lines(name, path: Path, whole: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line, or of all that is there, within bounds."""
+    number, size, most = 0, 0, LONGEST[whole]
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-            read, most = file.read if array else file.readline, LONGEST[array]
+        with _open(path) as file:
             room = LONGEST[0] + DENSEST * path.stat().st_size if path.suffix == ".gz" else math.inf
+            read = file.read if whole else file.readline
             for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
                 size += len(line)
                 if len(line) > most:
-                    raise BadData(f"longer than {most:,} bytes; write one record a line")
+                    raise BadData(f"{name}:{number}: longer than {most:,} bytes; write one record a line")
                 if size > room:
-                    raise BadData(f"over {DENSEST} times the size of the gzip file; unpack it, if you trust it")
-                if array:
-                    for record, item in enumerate(decode_json(line), 1):
-                        yield f"{name}:{record}", json.dumps(item).encode()
-                elif line.removeprefix(b"\xef\xbb\xbf").strip():
-                    yield f"{name}:{number}", line
-    except (BadData, RecursionError) as error:
-        raise BadData(f"{name}:{number}: {error!s:.500}") from None
+                    raise BadData(f"{name}:{number}: over {DENSEST} times the size of the gzip file; unpack it, if you "
+                                  "trust it")
+                yield number, line.removeprefix(BOM) if number == 1 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
     except OSError as error:
         raise BadData(f"{name}: {error.strerror or error}") from None
 
 
-def _is_parquet(path: Path) -> bool:
-    if not path.is_file():                                          # a pipe can be read once
-        return False
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
-    return False
+def _items(name, path: Path) -> Iterator[tuple[int, bytes]]:
+    for _, text in _lines(name, path, whole=True):
+        try:
+            yield from enumerate((json.dumps(item).encode() for item in decode_json(text)), 1)
+        except (BadData, RecursionError) as error:
+            raise BadData(f"{name}:1: {error!s:.500}") from None
 
 
-def _parquet_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise BadData(f"{name}: to read Parquet, pip install pyarrow") from None
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate((json.dumps(row, default=str).encode() for row in rows), 1)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadData(f"{name}: the Parquet file is broken ({' '.join(str(error).split()):.300})") from None
 
 
-def _short_lines(file) -> Iterator[str]:
-    for line in iter(lambda: file.readline(LONGEST[0] + 1), ""):
-        if len(line) > LONGEST[0]:
-            raise csv.Error(f"a line longer than {LONGEST[0]:,} characters")
-        yield line
-
-
-def _csv_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
-    """Rows by the header's names; what is not text there is written as in JSON."""
+def _csv_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
+    """By the header's names; what is not text there is written as in JSON."""
     csv.field_size_limit(LONGEST[0])
+    rows = csv.DictReader((line.decode() for _, line in _lines(name, path)), strict=True)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(_short_lines(file), strict=True)
-            for row in rows:
-                if None in row or None in row.values():
-                    raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
-                for key in row.keys() & NUMBERS:
-                    with contextlib.suppress(BadData):              # what is no JSON, the record's checks refuse
-                        row[key] = decode_json(row[key].encode()) if row[key] else None
-                yield rows.line_num, row
-    except (csv.Error, UnicodeError, EOFError, OSError, zlib.error) as error:
-        raise BadData(f"{name}: not a CSV file ({error})") from None
+        for row in rows:
+            if None in row or None in row.values():
+                raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
+            for key in row.keys() & NUMBERS:
+                with contextlib.suppress(BadData):      # what is no JSON, the record's checks refuse
+                    row[key] = decode_json(row[key].encode()) if row[key] else None
+            yield rows.line_num, json.dumps(row).encode()
+    except (csv.Error, UnicodeError) as error:
+        raise BadData(f"{name}:{rows.line_num}: not CSV ({error})") from None
 
 
+BOM = b"\xef\xbb\xbf"
 NUMBERS = {"dispersion", "votes", "scores", "rewards", "score_chosen", "score_rejected", "better_response_id", "labels",
            "score_A", "score_B", "overall_preference"}              # columns that hold no text
-TABLES = [(_is_parquet, _parquet_rows), (lambda path: ".csv" in path.suffixes, _csv_rows)]
+READERS = [(lambda suffixes, begin: begin.startswith(b"PAR1"), _parquet_rows),
+           (lambda suffixes, begin: ".csv" in suffixes, _csv_rows),
+           (lambda suffixes, begin: ".json" in suffixes and begin.startswith(b"["), _items),
+           (lambda suffixes, begin: True, _lines)]
 
 
 def fetch(name: str | Path) -> Path:
@@ -553,19 +560,19 @@ class Tokenizer:
                 self.template = "{{ raise_exception('it takes too long') }}"
             raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
 
-    def _encode(self, text: str) -> list[int]:
-        with complaint("the tokenizer fails"):
-            return self.backend.encode(text, add_special_tokens=False).ids
-
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with complaint("the tokenizer fails"):
+            return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _text_all(self, parts: list) -> list[str]:
+        with complaint("the tokenizer fails"):
+            return self.backend.decode_batch(parts, skip_special_tokens=False)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_all([text])[0]
 
     def text(self, ids) -> str:
-        with complaint("the tokenizer fails"):
-            return self.backend.decode(list(ids), skip_special_tokens=False)
-
-    def _text_all(self, parts: list[tuple[int, ...]]) -> list[str]:
-        return self.backend.decode_batch(parts, skip_special_tokens=False)
+        return self._text_all([list(ids)])[0]
 
     def prompt(self, text: Text) -> list[int]:
         """Ids of a string, with the token that starts a text; or of a chat, with the beginning of the assistant's
@@ -593,64 +600,65 @@ class Tokenizer:
 
     def pairs(self, records: list[Record]) -> list[tuple | BadData]:
         """Prompt, chosen and rejected ids of each record, or BadData: they must decode to its text, exactly to a
-        string, but for white space to a rendered chat, where some special tokens take it in.  Chats are rendered within
-        one limit, all texts encoded at once, all ids decoded at once."""
-        spelled = self._spell_all(records)
-        wanted = [text for each in spelled if isinstance(each, Spelled) for text in each.pieces()]
-        ids = Known(self._encode, self._encode_all, wanted)
-        drafts = [attempt(self._draft, each, ids) for each in spelled]
-        wanted = [whole for draft in drafts if isinstance(draft, Draft) for whole in draft.wholes()]
-        texts = Known(self.text, self._text_all, wanted)
-        return [attempt(self._finish, draft, texts) for draft in drafts]
-
-    def _spell_all(self, records: list[Record]) -> list["Spelled | BadData"]:
-        """What fails within the common limit fails again alone, and says why."""
+        string, but for white space to a rendered chat, where some special tokens take it in.  All chats are rendered
+        within one limit, all texts encoded at once, all ids decoded at once."""
         spelled = [None] * len(records)
         with contextlib.suppress(Exception), bounded(*RENDERING):
             for i, record in enumerate(records):
                 spelled[i] = self._spell(record, self._fill)
-        return [found or attempt(self._spell, record, self.render) for found, record in zip(spelled, records)]
+        # What fails so fails again alone, and says why.
+        spelled = [found or attempt(self._spell, record, self.render) for found, record in zip(spelled, records)]
+        ids = Known(self._encode_all, [text for each in spelled if not isinstance(each, BadData)
+                                       for text in (each.start, each.lead, *each.pieces)])
+        drafts = [attempt(self._draft, each, ids) for each in spelled]
+        texts = Known(self._text_all, [whole for draft in drafts if not isinstance(draft, BadData)
+                                       for whole in draft[2]])
+        return [attempt(self._check, draft, texts) for draft in drafts]
 
     def _spell(self, record: Record, render: Callable) -> "Spelled":
         sides = [side for side in (record.chosen, record.rejected) if side]
         if isinstance(record.prompt, str):
-            return Spelled(False, record.prompt, [record.prompt + side for side in sides], self.anchor)
-        start = render(record.prompt, True)
-        lead = start[max((match.end() for match in self.mark.finditer(start)), default=0):]
-        wholes = [render([*record.prompt, *side], False) for side in sides]
-        return Spelled(True, start, wholes, lead if lead.strip() else start)
+            wholes = [record.prompt + side for side in sides]
+            return Spelled(False, record.prompt, wholes, self.anchor, [self.anchor + side for side in sides])
+        start, wholes = render(record.prompt, True), [render([*record.prompt, *side], False) for side in sides]
+        cut = max((match.end() for match in self.mark.finditer(start)), default=0)
+        cut = cut if start[cut:].strip() else 0
+        return Spelled(True, start, wholes, start[cut:], [whole[cut:] for whole in wholes])
 
-    def _draft(self, spelled: "Spelled", ids: "Known") -> "Draft":
-        """Ids as the texts have them.  A chat's are those that transformers makes of the whole text, if the prompt's
-        are their beginning; then what stands before the lead need not be encoded again."""
-        prompt, lead = ids[spelled.start], spelled.lead
+    def _draft(self, spelled: "Spelled", ids: "Known") -> tuple["Spelled", list[int], list[tuple[int, ...]]]:
+        """Ids of the prompt, and of the prompt with each response.  A chat's are those that transformers makes of the
+        whole text, if they begin with the prompt's."""
+        prompt, lead, pieces = ids[spelled.start], spelled.lead, spelled.pieces
         if spelled.chat and prompt[len(prompt) - len(ids[lead]):] != ids[lead]:
-            lead = spelled.start
-        answers = []
-        for answer in spelled.answers():
-            found, before = ids[lead + answer], ids[lead]
-            if found[:len(before)] != before:                       # the seam moves: the answer alone
-                found, before = ids[self.anchor + answer], ids[self.anchor]
-            answers.append(found[len(before):])
-        return Draft(spelled, prompt, answers)
+            lead, pieces = spelled.start, spelled.wholes
+        wholes = []
+        for piece in pieces:
+            found, before = ids[piece], ids[lead]
+            if found[:len(before)] != before:
+                found, before = ids[self.anchor + piece[len(lead):]], ids[self.anchor]
+            wholes.append((*prompt, *found[len(before):]))
+        return spelled, prompt, wholes
 
-    def _finish(self, draft: "Draft", texts: "Known") -> tuple[list[int], list[int], list[int]]:
-        """Check the ids, and give a string the tokens that start and end a text, a chat's turn one that ends it."""
-        (chat, start, wholes, _), answers = draft.spelled, []
-        prompt = draft.prompt if chat else self._start(draft.prompt)
-        if not prompt:
+    def _check(self, draft: tuple, texts: "Known") -> tuple[list[int], list[int], list[int]]:
+        """The ids of a draft that is what it should be, with the tokens that start and end a text."""
+        (chat, start, wholes, *_), prompt, drafts = draft
+        answers = []
+        if not prompt and (chat or not self.bos):
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        for name, whole, answer, both in zip(("chosen", "rejected"), wholes, draft.answers, draft.wholes()):
-            if chat:
-                check_seam(start, whole)
+        for name, whole, both in zip(("chosen", "rejected"), wholes, drafts):
+            if chat and not (whole.startswith(start) and whole[len(start):].strip()):
+                at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
+                raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, "
+                              f"where with a response behind it there is {whole[at:at + 50]!r}")
             if texts[both] != whole and not (chat and "".join(texts[both].split()) == "".join(whole.split())):
                 raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
                               "or drops a character there; move the space or line break at the seam into the "
                               "response, or remove the character")
+            answer = list(both[len(prompt):])
             answers.append(self._end_turn(answer, texts) if chat else self._end(answer))
         if answers[1:] == answers[:1]:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
-        return prompt, *[*answers, []][:2]
+        return prompt if chat else self._start(prompt), *[*answers, []][:2]
 
     def _end_turn(self, ids: list[int], texts: "Known") -> list[int]:
         """The ids up to the last added token (<|im_end|>, </s>), if only white space follows it: there the turn ends.
@@ -660,40 +668,25 @@ class Tokenizer:
 
 
 class Spelled(NamedTuple):
-    """The texts of a record."""
+    """The texts of a record.  A response is encoded behind a lead, whose ids are then taken away: behind the anchor, or
+    in a chat behind what follows the prompt's last added token, where encoding starts anew."""
     chat: bool
     start: str                   # the prompt
     wholes: list[str]            # the prompt with each response
-    lead: str                    # encoded before a response: of a chat what follows the prompt's last added token
-
-    def answers(self) -> list[str]:
-        return [whole[len(self.start):] for whole in self.wholes]
-
-    def pieces(self) -> list[str]:
-        """What is to be encoded."""
-        return [self.start, self.lead, *(self.lead + answer for answer in self.answers())]
-
-
-class Draft(NamedTuple):
-    """The ids of a record's texts, without a token that its texts do not spell."""
-    spelled: Spelled
-    prompt: list[int]
-    answers: list[list[int]]
-
-    def wholes(self) -> list[tuple[int, ...]]:
-        return [(*self.prompt, *answer) for answer in self.answers]
+    lead: str
+    pieces: list[str]            # the lead with each response
 
 
 class Known(dict):
-    """What a function gives: for those that are wanted found all at once, where that does not fail."""
+    """What a function gives for each item of a list: if that does not fail, for all that are wanted at once."""
 
-    def __init__(self, one: Callable, many: Callable, wanted: list):
-        self.one, wanted = one, list(dict.fromkeys(wanted))
-        with contextlib.suppress(BadData), complaint(""):
-            self.update(zip(wanted, many(wanted)))
+    def __init__(self, job: Callable, wanted: list):
+        self.job, wanted = job, list(dict.fromkeys(wanted))
+        with contextlib.suppress(BadData):
+            self.update(zip(wanted, job(wanted)))
 
-    def __missing__(self, key):
-        self[key] = found = self.one(key)
+    def __missing__(self, item):
+        self[item] = found = self.job([item])[0]
         return found
 
 
@@ -707,14 +700,6 @@ def attempt(job: Callable, item, *more):
         return error
     except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
         return BadData(f"{error!s:.500}")
-
-
-def check_seam(start: str, whole: str) -> None:
-    """Raises BadData unless a rendered chat begins with its rendered prompt, and goes on."""
-    if not whole.startswith(start) or not whole[len(start):].strip():
-        at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
-        raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, where "
-                      f"with a response behind it there is {whole[at:at + 50]!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
