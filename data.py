@@ -81,6 +81,10 @@ SHAPES = {
 FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
 FORMS |= {name: f"columns {columns}" for name, (columns, _) in SHAPES.items()}
 
+# What else a record may carry, and the flag that uses it.
+FIELDS = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
+          "rewards": "--advantage"}
+
 
 class Record(NamedTuple):
     prompt: Text
@@ -143,10 +147,9 @@ def _helpsteer(record: dict) -> dict:
         raise BadData(f"its preferences are {overall!r:.50} and {marks!r:.50}, not numbers from -3 to 3")
     if overall == 0:
         raise NoPreference("'overall_preference' is 0: no preference")
-    sides, votes = ["response1", "response2"], [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)]
-    if overall > 0:
-        sides, votes = sides[::-1], votes[::-1]
-    chosen, rejected = (record[side] for side in sides)
+    order = 1 if overall < 0 else -1
+    chosen, rejected = [record["response1"], record["response2"]][::order]
+    votes = [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)][::order]
     return {"prompt": record["context"], "chosen": chosen, "rejected": rejected, "votes": votes if any(votes) else None}
 
 
@@ -187,35 +190,37 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
         raise BadData(f"{error} {found}" if prompt is None else error) from None
     if empty := [name for name, side in zip(names, sides) if not plain(side)]:
         raise BadData(f"{empty[0]!r} is empty")
-    phi, votes = item.get("dispersion"), item.get("votes")
-    if phi is not None and (isinstance(phi, bool) or not isinstance(phi, int | float) or not 0 < phi <= 1):
-        raise BadData(f"'dispersion' is {phi!r}, not a number phi with 0 < phi <= 1")
-    if votes is not None and not (isinstance(votes, list) and len(votes) == 2 and any(votes)
-                                  and all(type(count) is int and 0 <= count < 1 << 31 for count in votes)):
-        raise BadData(f"'votes' is {votes!r}, not [for chosen, for rejected], two counts of which one is above 0")
-    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), _numbers("rewards", item.get("rewards")),
-                  shape or form)
+    return Record(prompt, *[*sides, ""][:2], *_fields(item), shape or form)
 
 
-def _scores(item: dict) -> list[float] | None:
-    """The ratings of both responses: "scores", or "score_chosen" and "score_rejected" as UltraFeedback has them."""
-    pair = [item.get("score_chosen"), item.get("score_rejected")]
-    scores = _numbers("scores", item.get("scores", pair if pair != [None, None] else None))
-    if scores and pair not in ([None, None], scores):
-        raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {pair}")
-    return scores
+def _fields(item: dict) -> list:
+    """The values of FIELDS, None where there is none; UltraFeedback has its scores in two columns."""
+    rated = [item.get("score_chosen"), item.get("score_rejected")]
+    if rated != [None, None]:
+        item = {"scores": rated, **item}
+    phi, votes, scores, rewards = found = [item.get(name) for name in FIELDS]
+    if phi is not None and not (_numbers([phi], 1) and 0 < phi <= 1):
+        raise BadData(f"'dispersion' is {phi!r:.200}, not a number phi with 0 < phi <= 1")
+    if votes is not None and not (_numbers(votes, 2, (int,)) and min(votes) >= 0 and 0 < max(votes) < 1 << 31):
+        raise BadData(f"'votes' is {votes!r:.200}, not [for chosen, for rejected], two counts of which one is above 0")
+    for name, pair in (("scores", scores), ("rewards", rewards)):
+        if pair is not None and not _numbers(pair, 2):
+            raise BadData(f"its {name} are {pair!r:.200}, not numbers of [chosen, rejected]")
+    if scores and rated not in ([None, None], scores):
+        raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {rated}")
+    return found
 
 
-def _numbers(name: str, value) -> list[float] | None:
-    """A number for each response, or nothing."""
-    if value is not None and not (isinstance(value, list) and len(value) == 2
-                                  and all(type(x) in (int, float) and abs(x) < 1e30 for x in value)):
-        raise BadData(f"its {name} are {value!r:.200}, not numbers of [chosen, rejected]")
-    return value
+def _numbers(values, count: int, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(values, list) and len(values) == count and all(type(x) in kinds and abs(x) < 1e30 for x in values)
 
 
 def plain(text: Text) -> str:
     return text if isinstance(text, str) else "".join(message["content"] for message in text)
+
+
+def plain_texts(record: Record) -> tuple[str, str, str]:
+    return plain(record.prompt), plain(record.chosen), plain(record.rejected)
 
 
 def _text(name: str, value) -> Text:
@@ -384,8 +389,8 @@ def _csv_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 BOM = b"\xef\xbb\xbf"
-NUMBERS = {"dispersion", "votes", "scores", "rewards", "score_chosen", "score_rejected", "better_response_id", "labels",
-           "score_A", "score_B", "overall_preference"}              # columns that hold no text
+NUMBERS = {*FIELDS, "score_chosen", "score_rejected", "better_response_id", "labels", "score_A", "score_B",
+           "overall_preference"}                        # columns that hold no text
 READERS = [(lambda suffixes, begin: begin.startswith(b"PAR1"), _parquet_rows),
            (lambda suffixes, begin: ".csv" in suffixes, _csv_rows),
            (lambda suffixes, begin: ".json" in suffixes and begin.startswith(b"["), _items),
@@ -598,14 +603,14 @@ class Tokenizer:
             raise found
         return found
 
-    def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """Prompt, chosen and rejected ids of each record, or BadData: they must decode to its text, exactly to a
+    def pairs(self, records: list[Record | BadData]) -> list[tuple | BadData]:
+        """Prompt, chosen and rejected ids of each record, or BadData: the ids must decode to its text, exactly to a
         string, but for white space to a rendered chat, where some special tokens take it in.  All chats are rendered
         within one limit, all texts encoded at once, all ids decoded at once."""
         spelled = [None] * len(records)
         with contextlib.suppress(Exception), bounded(*RENDERING):
             for i, record in enumerate(records):
-                spelled[i] = self._spell(record, self._fill)
+                spelled[i] = attempt(self._spell, record, self._fill)
         # What fails so fails again alone, and says why.
         spelled = [found or attempt(self._spell, record, self.render) for found, record in zip(spelled, records)]
         ids = Known(self._encode_all, [text for each in spelled if not isinstance(each, BadData)
@@ -765,17 +770,13 @@ class Dataset(NamedTuple):
         return text
 
 
-CARRIED = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
-           "rewards": "--advantage"}         # fields of a record, and the flag that uses them
-
-
 def read_columns(words: list[str] | None) -> dict[str, str]:
     """What --columns says, our name -> theirs.  Raises BadData."""
     columns = dict(word.partition("=")[::2] for word in words or ())
     for ours, theirs in columns.items():
-        if ours not in ("prompt", "chosen", "rejected", *CARRIED) or not theirs:
+        if ours not in ("prompt", "chosen", "rejected", *FIELDS) or not theirs:
             raise BadData(f"--columns {ours}={theirs}: expected prompt=..., chosen=..., rejected=..., or one of "
-                          f"{', '.join(CARRIED)}")
+                          f"{', '.join(FIELDS)}")
     return columns
 
 
@@ -785,19 +786,12 @@ def parse_line(line: bytes, need_rejected: bool, columns: dict[str, str] | None)
     return parse(decode_json(line), need_rejected, columns)
 
 
-def in_blocks(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of so many; what was read before the items end in BadData comes before it."""
-    block = []
+def up_to_error(lines: Iterator) -> Iterator[tuple]:
+    """The lines, and as the last one, of nowhere, the BadData that they end in."""
     try:
-        for item in items:
-            block.append(item)
-            if len(block) == size:
-                yield block
-                block = []
-    except BadData:
-        yield block
-        raise
-    yield block
+        yield from lines
+    except BadData as error:
+        yield None, error
 
 
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
@@ -805,16 +799,14 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
     names = [names] if isinstance(names, str | Path) else names
-    for block in in_blocks(itertools.chain.from_iterable(map(read_lines, names)), 64):
+    lines = up_to_error(itertools.chain.from_iterable(map(read_lines, names)))
+    for block in iter(lambda: list(itertools.islice(lines, 64)), []):
         records = [attempt(parse_line, line, need_rejected, columns) for _, line in block]
-        good = [record for record in records if not isinstance(record, BadData)]
-        found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
-        for (where, _), record in zip(block, records):
-            ids = record if isinstance(record, BadData) else next(found)
-            if isinstance(ids, BadData):
-                yield where, ids, None
-            else:
-                yield where, record, ids
+        found = tokenizer.pairs(records) if tokenizer else [attempt(plain_texts, record) for record in records]
+        for (where, _), record, ids in zip(block, records, found):
+            if where is None:
+                raise record
+            yield (where, ids, None) if isinstance(ids, BadData) else (where, record, ids)
 
 
 def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
@@ -836,34 +828,30 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
     max_dropped of the pairs does not fit, and if nothing is left.
     """
-    pairs, cut, dropped, bad, ties, forms = [], 0, [], 0, 0, {}
+    names = [names] if isinstance(names, str | Path) else names
+    pairs, dropped, forms, tally = [], [], {}, Counter()
     for where, record, ids in watch(read_pairs(names, tokenizer, need_rejected, read_columns(columns))):
-        if isinstance(record, NoPreference):
-            ties += 1
-            continue
+        if isinstance(record, BadData) and not isinstance(record, NoPreference) and not skip_bad:
+            raise BadData(f"{where}: {record}")
         if isinstance(record, BadData):
-            if not skip_bad:
-                raise BadData(f"{where}: {record}")
-            bad += 1
-            continue
-        prompt = truncate_prompt(ids, tokenizer.bos, max_tokens)
-        if prompt is None:
+            tally[type(record)] += 1
+        elif (prompt := truncate_prompt(ids, tokenizer.bos, max_tokens)) is None:
             dropped.append(where)
-            continue
-        cut += len(prompt) < len(ids[0])
-        forms[record.form] = None
-        arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
-        pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
-        for name in needed:
-            if getattr(record, name) is None:
-                raise BadData(f"{where}: no {name!r}; this method or --dispersion needs it in every record")
+        else:
+            tally["cut"] += len(prompt) < len(ids[0])
+            forms[record.form] = None
+            arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
+            pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
+            if missing := [name for name in needed if getattr(record, name) is None]:
+                raise BadData(f"{where}: no {missing[0]!r}; this method or --dispersion needs it in every record")
+    bad, ties = tally[BadData], tally[NoPreference]
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
     if not pairs:
-        files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
-        raise BadData(f"{files}: no pairs in it ({bad:,} bad records skipped)" if bad else f"{files}: no pairs in it")
-    return Dataset(pairs, cut, len(dropped), bad, ties, tuple(forms))
+        skipped = f" ({bad:,} bad records skipped)" if bad else ""
+        raise BadData(f"{', '.join(map(str, names))}: no pairs in it{skipped}")
+    return Dataset(pairs, tally["cut"], len(dropped), bad, ties, tuple(forms))
 
 
 def write_dataset(dataset: Dataset, key: str) -> bytes:
@@ -1117,84 +1105,76 @@ def to_device(values, device: str | torch.device) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # 6. The data doctor
 
-class Facts(NamedTuple):
-    """What the doctor keeps of a pair."""
-    lengths: list[int]           # of prompt, chosen, rejected
-    form: str
-    cut: bool | None             # the prompt loses its beginning; None: the pair does not fit
-    spaces: int                  # responses that start with one
-    prompt: bytes                # digests: of the prompt, of the pair, of its opposite
-    pair: bytes
-    opposite: bytes
-    carries: tuple[str, ...]     # what a weight can come from
-
-
 def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int,
             columns: dict[str, str] | None = None) -> bool:
     """Print what is in files of records, all of them read, and some pairs -> whether nothing is wrong with them."""
-    def digest(*texts):
-        return hashlib.sha256(json.dumps(texts).encode()).digest()[:16]
-    bad, facts, first, ties = [], [], [], 0
+    bad, pairs, lengths, shown = [], [], [], []
+    tally = Counter()                                              # of forms, of fields, and of what rows are about
     for name in names:
         try:
             for where, record, ids in read_pairs(name, tokenizer, columns=columns):
                 if isinstance(record, NoPreference):
-                    ties += 1
-                    continue
-                if isinstance(record, BadData):
+                    tally["tie"] += 1
+                elif isinstance(record, BadData):
                     bad.append((f"{where}: {record}", str(record)))
-                    continue
-                prompt, chosen, rejected, *_ = record
-                kept = truncate_prompt(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
-                facts.append(Facts([len(part) for part in ids], record.form,
-                                   None if kept is None else len(kept) < len(ids[0]),
-                                   sum(plain(side).startswith(" ") for side in (chosen, rejected)), digest(prompt),
-                                   digest(prompt, chosen, rejected), digest(prompt, rejected, chosen),
-                                   tuple(name for name in CARRIED if getattr(record, name) is not None)))
-                if tokenizer and len(first) < examples:
-                    first.append((where, *ids))
+                else:
+                    kept = truncate_prompt(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
+                    tally["cut"] += kept is not None and len(kept) < len(ids[0])
+                    tally["dropped"] += kept is None
+                    tally["space"] += sum(plain(side).startswith(" ") for side in record[1:3])
+                    tally.update([record.form, *(name for name in FIELDS if getattr(record, name) is not None)])
+                    pairs.append(tuple(hash(json.dumps(text)) for text in record[:3]))
+                    lengths.append([len(part) for part in ids])
+                    if tokenizer and len(shown) < examples:
+                        shown.append((where, *ids))
         except BadData as error:
             bad.append((str(error), "the rest of a file that cannot be read"))
-    usable = f"{len(facts):,} of them usable pairs" if facts else "0 of them usable pairs  <- wrong"
-    print(f"{', '.join(names)}: {len(facts) + len(bad):,} records, {usable}")
-    for form, count in Counter(fact.form for fact in facts).most_common():
-        print(f"{count:>9,}  {form}: {FORMS[form]}")
-    if facts:
-        print_lengths(facts, "in tokens" if tokenizer else "in characters")
-    pairs, cuts = {fact.pair for fact in facts}, Counter(fact.cut for fact in facts)
-    opposed, same = len(pairs & {fact.opposite for fact in facts}), sum("no preference" in kind for _, kind in bad)
-    rows = [(cuts[True], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
-            (cuts[None], "pairs are dropped: a response does not fit", cuts[None] > 0.1 * len(facts)),
-            (len(facts) - len({fact.prompt for fact in facts}), "pairs have the prompt of an earlier one", False),
-            (len(facts) - len(pairs), "pairs repeat an earlier one exactly", False),
+    usable = f"{len(pairs):,} of them usable pairs" if pairs else "0 of them usable pairs  <- wrong"
+    print(f"{', '.join(names)}: {len(pairs) + len(bad):,} records, {usable}")
+    for form, count in tally.most_common():
+        if form in FORMS:
+            print(f"{count:>9,}  {form}: {FORMS[form]}")
+    if pairs:
+        print_lengths(np.array(lengths), tally["space"], "in tokens" if tokenizer else "in characters")
+    known, prompts = set(pairs), {prompt for prompt, _, _ in pairs}
+    opposed = sum((prompt, other, one) in known for prompt, one, other in known)
+    same = sum("no preference" in kind for _, kind in bad)
+    rows = [(tally["cut"], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
+            (tally["dropped"], "pairs are dropped: a response does not fit", tally["dropped"] > 0.1 * len(pairs)),
+            (len(pairs) - len(prompts), "pairs have the prompt of an earlier one", False),
+            (len(pairs) - len(known), "pairs repeat an earlier one exactly", False),
             (opposed, "pairs are contradicted: the same two responses stand there the other way round, too", opposed),
-            (same, "records have identical responses", same), (ties, "records have no preference: skipped", False),
+            (same, "records have identical responses", same),
+            (tally["tie"], "records have no preference: skipped", False),
             (len(bad), "records are bad", bad)]
     for count, what, wrong in rows[0 if tokenizer else 2:]:
         print(f"{count:>9,}  {what}  <- wrong" if wrong else f"{count:>9,}  {what}")
-    for name, count in Counter(name for fact in facts for name in fact.carries).items():
-        print(f"{count:>9,}  pairs carry {name}: {CARRIED[name]} uses it")
+    for name in filter(tally.get, FIELDS):
+        print(f"{tally[name]:>9,}  pairs carry {name}: {FIELDS[name]} uses it")
     for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
         print(f"{count:>9,}    {kind}")
     print(*(f"  {message[:500]}" for message, _ in bad[:5]), sep="\n")
-    for where, prompt, *sides in first:                            # bars stand between the scored tokens
-        print(f"\n{where}: {len(prompt)} prompt tokens, {len(sides[0])} and {len(sides[1])} scored ones")
-        print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
-        for name, ids in zip(("chosen", "rejected"), sides):
-            shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
-            print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
-    return bool(facts) and not any(wrong for _, _, wrong in rows)
+    for where, *ids in shown:
+        print_pair(where, ids, tokenizer)
+    return bool(pairs) and not any(wrong for _, _, wrong in rows)
 
 
-def print_lengths(facts: list[Facts], unit: str) -> None:
-    lengths = np.array([fact.lengths for fact in facts])
+def print_lengths(lengths: np.ndarray, spaces: int, unit: str) -> None:
     print(f"\n{unit:<17}     5 %    25 %    50 %    75 %    95 % longest")
     for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
         print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
     longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
-    spaced = sum(fact.spaces for fact in facts) / (2 * len(facts))
     print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
-          f"{spaced:>9.1%}  of the responses start with a space")
+          f"{spaces / (2 * len(lengths)):>9.1%}  of the responses start with a space")
+
+
+def print_pair(where: str, ids: list, tokenizer: Tokenizer) -> None:
+    prompt, *sides = ids
+    print(f"\n{where}: {len(prompt)} prompt tokens, {len(sides[0])} and {len(sides[1])} scored ones")
+    print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
+    for name, side in zip(("chosen", "rejected"), sides):
+        tokens = [repr(tokenizer.text([i]))[1:-1] for i in side[:60]]
+        print(f"  {name:<9} |" + "|".join([*tokens, "..."] if len(side) > 60 else tokens) + "|")
 
 
 def main():
