@@ -219,10 +219,6 @@ def plain(text: Text) -> str:
     return text if isinstance(text, str) else "".join(message["content"] for message in text)
 
 
-def plain_texts(record: Record) -> tuple[str, str, str]:
-    return plain(record.prompt), plain(record.chosen), plain(record.rejected)
-
-
 def _text(name: str, value) -> Text:
     """A string, or messages whose contents are strings (a content of text parts is joined); checked."""
     try:
@@ -286,7 +282,7 @@ def _kind(value) -> str:
     return names.get(type(value), f"the number {value!r}")
 
 
-def decode_json(text: bytes):
+def decode_json(text: bytes, where: str = ""):
     def unique(items):
         if len(dict(items)) < len(items):
             raise ValueError(f"a name stands twice among {', '.join(repr(name) for name, _ in items)}")
@@ -295,7 +291,7 @@ def decode_json(text: bytes):
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)   # int refuses NaN
     except (ValueError, RecursionError) as error:
         kind = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-        raise BadData(f"not {kind} ({error})") from None
+        raise BadData(f"{where}not {kind} ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -476,11 +472,8 @@ def _read(path: Path) -> bytes:
 
 
 def _settings(path: Path) -> dict:
-    try:
-        content = decode_json(_read(path)) if path.is_file() else {}
-        return content if isinstance(content, dict) else {}
-    except BadData as error:
-        raise BadData(f"{path}: {error}") from None
+    content = decode_json(_read(path), f"{path}: ") if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
@@ -610,7 +603,7 @@ class Tokenizer:
         spelled = [None] * len(records)
         with contextlib.suppress(Exception), bounded(*RENDERING):
             for i, record in enumerate(records):
-                spelled[i] = attempt(self._spell, record, self._fill)
+                spelled[i] = record if isinstance(record, BadData) else self._spell(record, self._fill)
         # What fails so fails again alone, and says why.
         spelled = [found or attempt(self._spell, record, self.render) for found, record in zip(spelled, records)]
         ids = Known(self._encode_all, [text for each in spelled if not isinstance(each, BadData)
@@ -645,7 +638,8 @@ class Tokenizer:
         return spelled, prompt, wholes
 
     def _check(self, draft: tuple, texts: "Known") -> tuple[list[int], list[int], list[int]]:
-        """The ids of a draft that is what it should be, with the tokens that start and end a text."""
+        """The ids of a draft that is what it should be, with the tokens that start and end a text.  A chat's turn ends
+        with its last added token (<|im_end|>, </s>), if only white space follows that."""
         (chat, start, wholes, *_), prompt, drafts = draft
         answers = []
         if not prompt and (chat or not self.bos):
@@ -660,16 +654,12 @@ class Tokenizer:
                               "or drops a character there; move the space or line break at the seam into the "
                               "response, or remove the character")
             answer = list(both[len(prompt):])
-            answers.append(self._end_turn(answer, texts) if chat else self._end(answer))
+            last = next((i for i in range(len(answer), 0, -1) if answer[i - 1] in self.ends), 0)
+            ended = chat and last and not texts[tuple(answer[last:])].strip()
+            answers.append(answer[:last] if ended else self._end(answer))
         if answers[1:] == answers[:1]:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
         return prompt if chat else self._start(prompt), *[*answers, []][:2]
-
-    def _end_turn(self, ids: list[int], texts: "Known") -> list[int]:
-        """The ids up to the last added token (<|im_end|>, </s>), if only white space follows it: there the turn ends.
-        A template that ends no turn so gets the end token."""
-        last = next((i for i in range(len(ids), 0, -1) if ids[i - 1] in self.ends), 0)
-        return ids[:last] if last and not texts[tuple(ids[last:])].strip() else [*ids, self.eos]
 
 
 class Spelled(NamedTuple):
@@ -802,7 +792,8 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
     lines = up_to_error(itertools.chain.from_iterable(map(read_lines, names)))
     for block in iter(lambda: list(itertools.islice(lines, 64)), []):
         records = [attempt(parse_line, line, need_rejected, columns) for _, line in block]
-        found = tokenizer.pairs(records) if tokenizer else [attempt(plain_texts, record) for record in records]
+        found = tokenizer.pairs(records) if tokenizer else [
+            attempt(lambda record: tuple(map(plain, record[:3])), record) for record in records]
         for (where, _), record, ids in zip(block, records, found):
             if where is None:
                 raise record
@@ -865,9 +856,9 @@ def write_dataset(dataset: Dataset, key: str) -> bytes:
 
 def _checksum(tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name in ("ids", "lengths", "facts"):
-        digest.update(tensors[name].dtype.str.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
+    for tensor in tensors.values():
+        digest.update(tensor.dtype.str.encode())
+        digest.update(tensor)
     return digest.hexdigest()
 
 
@@ -876,11 +867,10 @@ def read_dataset(path: Path, key: str) -> Dataset | None:
     key, or damaged."""
     try:
         with safe_open(path, "pt") as file:             # its tensors are views of the file, numpy's would be copies
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).numpy() for name in ("ids", "lengths", "facts")}
-        if metadata.get("key") != key or metadata.get("sha256") != _checksum(tensors):
-            return None
-    except (OSError, SafetensorError, KeyError, AttributeError, TypeError):
+            if file.metadata() != {"key": key, "sha256": _checksum(tensors)}:
+                return None
+    except (OSError, SafetensorError, TypeError):       # TypeError: numbers of a kind that numpy has not
         return None
     facts = json.loads(tensors["facts"].tobytes())
     parts = np.split(tensors["ids"], tensors["lengths"].cumsum()[:-1])
@@ -952,9 +942,8 @@ class Schedule:
 def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Deal pairs into the fewest rows, a multiple of `multiple`, of at most `budget` tokens: the longest first, each
     into the emptiest row, so that rows (and ranks) are even."""
-    total = sum(costs[i] for i in indices)
-    count = multiple * max(1, math.ceil(total / (budget * multiple)))
-    while True:
+    fewest = max(1, math.ceil(sum(costs[i] for i in indices) / (budget * multiple)))
+    for count in itertools.count(fewest * multiple, multiple):
         rows, load = [[] for _ in range(count)], [0] * count
         for i in sorted(indices, key=lambda i: (-costs[i], i)):
             emptiest = load.index(min(load))
@@ -962,7 +951,6 @@ def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -
             load[emptiest] += costs[i]
         if max(load) <= budget or count >= len(indices) + multiple:
             return rows
-        count += multiple
 
 
 @dataclass
