@@ -533,8 +533,23 @@ class Tokenizer:
                 return found
         raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
 
-    def _fill(self, chat: list[dict], answer: bool) -> str:
-        """The template's text, without a limit."""
+    @contextlib.contextmanager
+    def _limited(self, last: bool = True):
+        """Within the limit of a rendering.  BadData in place of what a template raises, which can be anything; what
+        takes too long is not tried again, if this was the last try."""
+        try:
+            with bounded(*RENDERING):
+                yield
+        except BadData:
+            raise
+        except Exception as error:
+            if last and isinstance(error, TimeoutError):
+                self.template = "{{ raise_exception('it takes too long') }}"
+            raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
+
+    def _render(self, chat: list[dict], answer: bool) -> str:
+        if self.template is None:
+            raise BadData("holds messages, but the tokenizer has no chat template: use a chat model, or strings")
         if isinstance(self.template, str):
             self.template = compile_template(self.template)
         text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
@@ -544,19 +559,10 @@ class Tokenizer:
         return text
 
     def render(self, chat: list[dict], answer: bool) -> str:
-        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.
-
-        A message that spells a special token becomes that token, as in transformers.  Raises BadData.
-        """
-        if self.template is None:
-            raise BadData("holds messages, but the tokenizer has no chat template: use a chat model, or strings")
-        try:
-            with bounded(*RENDERING):
-                return self._fill(chat, answer)
-        except Exception as error:                      # a template can raise anything
-            if isinstance(error, TimeoutError):         # once is enough
-                self.template = "{{ raise_exception('it takes too long') }}"
-            raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
+        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.  A message
+        that spells a special token becomes that token, as in transformers.  Raises BadData."""
+        with self._limited():
+            return self._render(chat, answer)
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         with complaint("the tokenizer fails"):
@@ -581,7 +587,10 @@ class Tokenizer:
 
     def response(self, text: str) -> list[int]:
         """Ids of a text that continues another one, and the end token (once)."""
-        return self._end(self._encode(self.anchor + text)[len(self._encode(self.anchor)):])
+        return self._end(self._behind_anchor(text))
+
+    def _behind_anchor(self, text: str) -> list[int]:
+        return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
 
     def _start(self, ids: list[int]) -> list[int]:
         return ids if ids[:len(self.bos)] == self.bos else self.bos + ids
@@ -590,72 +599,71 @@ class Tokenizer:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
-        """What `pairs` has for a record.  Raises BadData."""
-        found = self.pairs([record])[0]
-        if isinstance(found, BadData):
-            raise found
-        return found
+        """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
+        string; to a rendered chat but for white space, which some special tokens take in."""
+        return self._pairs([record])[0]
 
-    def pairs(self, records: list[Record | BadData]) -> list[tuple | BadData]:
-        """Prompt, chosen and rejected ids of each record, or BadData: the ids must decode to its text, exactly to a
-        string, but for white space to a rendered chat, where some special tokens take it in.  All chats are rendered
-        within one limit, all texts encoded at once, all ids decoded at once."""
-        spelled = [None] * len(records)
-        with contextlib.suppress(Exception), bounded(*RENDERING):
-            for i, record in enumerate(records):
-                spelled[i] = record if isinstance(record, BadData) else self._spell(record, self._fill)
-        # What fails so fails again alone, and says why.
-        spelled = [found or attempt(self._spell, record, self.render) for found, record in zip(spelled, records)]
-        ids = Known(self._encode_all, [text for each in spelled if not isinstance(each, BadData)
-                                       for text in (each.start, each.lead, *each.pieces)])
-        drafts = [attempt(self._draft, each, ids) for each in spelled]
-        texts = Known(self._text_all, [whole for draft in drafts if not isinstance(draft, BadData)
-                                       for whole in draft[2]])
-        return [attempt(self._check, draft, texts) for draft in drafts]
+    def pairs(self, records: list[Record]) -> list[tuple | BadData]:
+        """The ids of many records, or what `pair` raises of each.  If one of them fails, each is done alone."""
+        try:
+            return self._pairs(records)
+        except BadData as error:
+            if len(records) == 1:
+                return [BadData(f"{error!s:.500}")]
+            return [self.pairs([record])[0] for record in records]
 
-    def _spell(self, record: Record, render: Callable) -> "Spelled":
+    def _pairs(self, records: list[Record]) -> list[tuple]:
+        """All chats are rendered within one limit, all texts encoded at once, all ids decoded at once."""
+        with self._limited(last=len(records) == 1):
+            spelled = [self._spell(record) for record in records]
+        wanted = list(dict.fromkeys(text for each in spelled for text in (each.start, each.lead, *each.pieces)))
+        known = dict(zip(wanted, self._encode_all(wanted)))
+        drafts = [self._draft(each, known) for each in spelled]
+        decoded = iter(self._text_all([whole for _, wholes in drafts for whole in wholes]))
+        return [self._check(each, *draft, decoded) for each, draft in zip(spelled, drafts)]
+
+    def _spell(self, record: Record) -> "Spelled":
         sides = [side for side in (record.chosen, record.rejected) if side]
         if isinstance(record.prompt, str):
             wholes = [record.prompt + side for side in sides]
             return Spelled(False, record.prompt, wholes, self.anchor, [self.anchor + side for side in sides])
-        start, wholes = render(record.prompt, True), [render([*record.prompt, *side], False) for side in sides]
+        start = self._render(record.prompt, True)
+        wholes = [self._render([*record.prompt, *side], False) for side in sides]
         cut = max((match.end() for match in self.mark.finditer(start)), default=0)
         cut = cut if start[cut:].strip() else 0
         return Spelled(True, start, wholes, start[cut:], [whole[cut:] for whole in wholes])
 
-    def _draft(self, spelled: "Spelled", ids: "Known") -> tuple["Spelled", list[int], list[tuple[int, ...]]]:
+    def _draft(self, spelled: "Spelled", known: dict[str, list[int]]) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt, and of the prompt with each response.  A chat's are those that transformers makes of the
         whole text, if they begin with the prompt's."""
-        prompt, lead, pieces = ids[spelled.start], spelled.lead, spelled.pieces
-        if spelled.chat and prompt[len(prompt) - len(ids[lead]):] != ids[lead]:
+        prompt, lead, pieces = known[spelled.start], spelled.lead, spelled.pieces
+        if spelled.chat and prompt[len(prompt) - len(known[lead]):] != known[lead]:
             lead, pieces = spelled.start, spelled.wholes
         wholes = []
         for piece in pieces:
-            found, before = ids[piece], ids[lead]
-            if found[:len(before)] != before:
-                found, before = ids[self.anchor + piece[len(lead):]], ids[self.anchor]
-            wholes.append((*prompt, *found[len(before):]))
-        return spelled, prompt, wholes
+            ids, before = known.get(piece) or self._encode(piece), known[lead]
+            same = ids[:len(before)] == before
+            wholes.append(prompt + (ids[len(before):] if same else self._behind_anchor(piece[len(lead):])))
+        return prompt, wholes
 
-    def _check(self, draft: tuple, texts: "Known") -> tuple[list[int], list[int], list[int]]:
+    def _check(self, spelled: "Spelled", prompt: list[int], drafts: list[list[int]], decoded: Iterator[str]) -> tuple:
         """The ids of a draft that is what it should be, with the tokens that start and end a text.  A chat's turn ends
         with its last added token (<|im_end|>, </s>), if only white space follows that."""
-        (chat, start, wholes, *_), prompt, drafts = draft
-        answers = []
+        chat, start, answers = spelled.chat, spelled.start, []
         if not prompt and (chat or not self.bos):
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        for name, whole, both in zip(("chosen", "rejected"), wholes, drafts):
+        for name, whole, ids, text in zip(("chosen", "rejected"), spelled.wholes, drafts, decoded):
             if chat and not (whole.startswith(start) and whole[len(start):].strip()):
                 at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
                 raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, "
                               f"where with a response behind it there is {whole[at:at + 50]!r}")
-            if texts[both] != whole and not (chat and "".join(texts[both].split()) == "".join(whole.split())):
+            if text != whole and not (chat and "".join(text.split()) == "".join(whole.split())):
                 raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
                               "or drops a character there; move the space or line break at the seam into the "
                               "response, or remove the character")
-            answer = list(both[len(prompt):])
+            answer = ids[len(prompt):]
             last = next((i for i in range(len(answer), 0, -1) if answer[i - 1] in self.ends), 0)
-            ended = chat and last and not texts[tuple(answer[last:])].strip()
+            ended = chat and last and not self.text(answer[last:]).strip()
             answers.append(answer[:last] if ended else self._end(answer))
         if answers[1:] == answers[:1]:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
@@ -670,31 +678,6 @@ class Spelled(NamedTuple):
     wholes: list[str]            # the prompt with each response
     lead: str
     pieces: list[str]            # the lead with each response
-
-
-class Known(dict):
-    """What a function gives for each item of a list: if that does not fail, for all that are wanted at once."""
-
-    def __init__(self, job: Callable, wanted: list):
-        self.job, wanted = job, list(dict.fromkeys(wanted))
-        with contextlib.suppress(BadData):
-            self.update(zip(wanted, job(wanted)))
-
-    def __missing__(self, item):
-        self[item] = found = self.job([item])[0]
-        return found
-
-
-def attempt(job: Callable, item, *more):
-    """job(item, *more), or the BadData that it raises; an item that is BadData stays as it is."""
-    if isinstance(item, BadData):
-        return item
-    try:
-        return job(item, *more)
-    except NoPreference as error:
-        return error
-    except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
-        return BadData(f"{error!s:.500}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -770,10 +753,18 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def parse_line(line: bytes, need_rejected: bool, columns: dict[str, str] | None) -> Record:
-    if len(line) > LONGEST[0]:                                      # one of an array
-        raise BadData(f"longer than {LONGEST[0]:,} bytes")
-    return parse(decode_json(line), need_rejected, columns)
+def parse_line(line: bytes | BadData, need_rejected: bool, columns: dict[str, str] | None) -> Record | BadData:
+    """What stands in a line, or what is wrong with it."""
+    try:
+        if isinstance(line, BadData):
+            raise line
+        if len(line) > LONGEST[0]:                                  # one of an array
+            raise BadData(f"longer than {LONGEST[0]:,} bytes")
+        return parse(decode_json(line), need_rejected, columns)
+    except NoPreference as error:
+        return error
+    except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
+        return BadData(f"{error!s:.500}")
 
 
 def up_to_error(lines: Iterator) -> Iterator[tuple]:
@@ -791,12 +782,13 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
     names = [names] if isinstance(names, str | Path) else names
     lines = up_to_error(itertools.chain.from_iterable(map(read_lines, names)))
     for block in iter(lambda: list(itertools.islice(lines, 64)), []):
-        records = [attempt(parse_line, line, need_rejected, columns) for _, line in block]
-        found = tokenizer.pairs(records) if tokenizer else [
-            attempt(lambda record: tuple(map(plain, record[:3])), record) for record in records]
-        for (where, _), record, ids in zip(block, records, found):
+        records = [parse_line(line, need_rejected, columns) for _, line in block]
+        good = [record for record in records if not isinstance(record, BadData)]
+        found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
+        for (where, line), record in zip(block, records):
             if where is None:
-                raise record
+                raise line
+            ids = record if isinstance(record, BadData) else next(found)
             yield (where, ids, None) if isinstance(ids, BadData) else (where, record, ids)
 
 
