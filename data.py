@@ -67,15 +67,15 @@ SHAPES = {
     "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], r["system"])),
     "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], r["system"])),
     "Alpaca": ("instruction chosen rejected", lambda r: _asked(r, _instruction(r))),
-    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), pair=_two(r, "output"))),
+    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), pair=_pair(r, "output"))),
     "stack-exchange": ("question response_j response_k",
-                       lambda r: _asked(r, r["question"], pair=[r["response_j"], r["response_k"]])),
+                       lambda r: _asked(r, r["question"], pair=_pair(r, "response_j response_k"))),
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id",
-                     lambda r: _asked(r, r["prompt"], pair=_better(r, "better_response_id", "response_0 response_1"))),
+                     lambda r: _asked(r, r["prompt"], pair=_pair(r, "response_0 response_1", "better_response_id"))),
     "ShareGPT": ("conversations chosen rejected", lambda r: _sharegpt(r)),
     "SHP": ("history human_ref_A human_ref_B labels score_A score_B",
-            lambda r: {**_asked(r, r["history"], pair=_better(r, "labels", "human_ref_B human_ref_A")),
-                       "votes": _better(r, "labels", "score_B score_A")}),
+            lambda r: {**_asked(r, r["history"], pair=_pair(r, "human_ref_B human_ref_A", "labels")),
+                       "votes": _pair(r, "score_B score_A", "labels")}),
     "HelpSteer3": ("context response1 response2 overall_preference individual_preference", lambda r: _helpsteer(r)),
 }
 FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
@@ -112,18 +112,15 @@ def _instruction(record: dict) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _two(record: dict, name: str) -> list:
-    if not isinstance(record[name], list) or len(record[name]) != 2:
-        raise BadData(f"{name!r} is {_kind(record[name])}, not [chosen, rejected]")
-    return record[name]
-
-
-def _better(record: dict, label: str, columns: str) -> list:
-    """The values of two columns, the better one first: the label is the number of its column, 0 or 1."""
-    first, second = (record[name] for name in columns.split())
-    if record[label] not in (0, 1):
+def _pair(record: dict, columns: str, label: str | None = None) -> list:
+    """The values of two columns, or the two in one, the better one first: the label, if any, is its number, 0 or 1."""
+    found = [record[name] for name in columns.split()]
+    pair = found if len(found) == 2 else found[0]
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise BadData(f"{columns!r} is {_kind(pair)}, not [chosen, rejected]")
+    if label and record[label] not in (0, 1):
         raise BadData(f"{label!r} is {record[label]!r:.50}, neither 0 nor 1")
-    return [second, first] if record[label] else [first, second]
+    return pair[::-1] if label and record[label] else pair
 
 
 def _sharegpt(record: dict) -> dict:
@@ -898,9 +895,8 @@ def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], li
     count = math.ceil(share * len(pairs)) if share < 1 else int(share)
     if count >= len(pairs):
         raise BadData(f"--eval-pairs {share} leaves none of the {len(pairs)} pairs to train on")
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    held_out, kept = sorted(order[:count]), sorted(order[count:])
-    return [pairs[i] for i in kept], [pairs[i] for i in held_out]
+    held_out = set(np.random.default_rng(seed).permutation(len(pairs))[:count].tolist())
+    return ([pair for i, pair in enumerate(pairs) if i not in held_out], [pairs[i] for i in sorted(held_out)])
 
 
 # ---------------------------------------------------------------------------------------------------------------

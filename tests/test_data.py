@@ -849,6 +849,10 @@ def test_long_fields_of_csv(tokenizer, tmp_path):
         load_pairs(tmp_path / "bomb.csv.gz", tokenizer, 50)
     assert tracemalloc.get_traced_memory()[1] < 5e7
     tracemalloc.stop()
+    rows = (b"a,b," + b"c" * 10 ** 5 + b"\n") * 99
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" + rows))
+    with pytest.raises(BadData, match=r"rows.csv.gz:\d+: over 50 times the size of the gzip file"):
+        list(read_lines(tmp_path / "rows.csv.gz"))
 
 
 def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
@@ -877,3 +881,6 @@ def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
         for one, other in zip(found.pairs, want.pairs):
             assert one[3:] == other[3:] and all(np.array_equal(a, b) for a, b in zip(one[:3], other[:3]))
     assert len(written) > 190
+    path.write_bytes(content)
+    found = data.cached_pairs(path, None, (tmp_path / "f.jsonl",), tokenizer, *settings)
+    assert str(path) in Path("/proc/self/maps").read_text() and len(found.pairs) == 20       # not read, but mapped
