@@ -64,17 +64,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Files that people have: the columns that a record is known by, and what makes it one of ours, of messages.
 SHAPES = {
-    "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], r["system"])),
-    "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], r["system"])),
+    "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], system=r["system"])),
+    "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], system=r["system"])),
     "Alpaca": ("instruction chosen rejected", lambda r: _asked(r, _instruction(r))),
-    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), pair=_pair(r, "output"))),
-    "stack-exchange": ("question response_j response_k",
-                       lambda r: _asked(r, r["question"], pair=_pair(r, "response_j response_k"))),
+    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), "output")),
+    "stack-exchange": ("question response_j response_k", lambda r: _asked(r, r["question"], "response_j response_k")),
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id",
-                     lambda r: _asked(r, r["prompt"], pair=_pair(r, "response_0 response_1", "better_response_id"))),
+                     lambda r: _asked(r, r["prompt"], "response_0 response_1", "better_response_id")),
     "ShareGPT": ("conversations chosen rejected", lambda r: _sharegpt(r)),
     "SHP": ("history human_ref_A human_ref_B labels score_A score_B",
-            lambda r: {**_asked(r, r["history"], pair=_pair(r, "human_ref_B human_ref_A", "labels")),
+            lambda r: {**_asked(r, r["history"], "human_ref_B human_ref_A", "labels"),
                        "votes": _pair(r, "score_B score_A", "labels")}),
     "HelpSteer3": ("context response1 response2 overall_preference individual_preference", lambda r: _helpsteer(r)),
 }
@@ -97,9 +96,10 @@ class Record(NamedTuple):
     form: str
 
 
-def _asked(record: dict, question: str, system: str | None = None, pair: list | None = None) -> dict:
-    """A record of ours from a question, what a system message says, and both responses if they have other names."""
-    chosen, rejected = pair or (record["chosen"], record["rejected"])
+def _asked(record: dict, question: str, responses: str = "chosen rejected", label: str | None = None,
+           system: str | None = None) -> dict:
+    """A record of ours from a question, the columns of the responses, see _pair, and what a system message says."""
+    chosen, rejected = _pair(record, responses, label)
     before = [] if system in (None, "") else [{"role": "system", "content": system}]
     prompt = [*before, {"role": "user", "content": question}]
     return {**record, "prompt": prompt, "chosen": chosen, "rejected": rejected}
