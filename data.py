@@ -598,26 +598,27 @@ class Tokenizer:
     def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
         """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
         string; to a rendered chat but for white space, which some special tokens take in."""
-        return self._pairs([record])[0]
+        found = self.pairs([record])[0]
+        if isinstance(found, BadData):
+            raise found
+        return found
 
     def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """The ids of many records, or what `pair` raises of each.  If one of them fails, each is done alone."""
+        """The ids of many records, or what `pair` raises of each.  All chats are rendered within one limit, all texts
+        encoded at once and all ids decoded at once; if a record prevents that, each is done alone."""
         try:
-            return self._pairs(records)
+            with self._limited(last=len(records) == 1):
+                spelled = [self._spell(record) for record in records]
+            wanted = list(dict.fromkeys(text for each in spelled for text in (each.start, each.lead, *each.pieces)))
+            known = dict(zip(wanted, self._encode_all(wanted)))
+            drafts = [self._draft(each, known) for each in spelled]
+            decoded = iter(self._text_all([whole for _, wholes in drafts for whole in wholes]))
         except BadData as error:
             if len(records) == 1:
                 return [BadData(f"{error!s:.500}")]
             return [self.pairs([record])[0] for record in records]
-
-    def _pairs(self, records: list[Record]) -> list[tuple]:
-        """All chats are rendered within one limit, all texts encoded at once, all ids decoded at once."""
-        with self._limited(last=len(records) == 1):
-            spelled = [self._spell(record) for record in records]
-        wanted = list(dict.fromkeys(text for each in spelled for text in (each.start, each.lead, *each.pieces)))
-        known = dict(zip(wanted, self._encode_all(wanted)))
-        drafts = [self._draft(each, known) for each in spelled]
-        decoded = iter(self._text_all([whole for _, wholes in drafts for whole in wholes]))
-        return [self._check(each, *draft, decoded) for each, draft in zip(spelled, drafts)]
+        return [self._check(each, prompt, wholes, [next(decoded) for _ in wholes])
+                for each, (prompt, wholes) in zip(spelled, drafts)]
 
     def _spell(self, record: Record) -> "Spelled":
         sides = [side for side in (record.chosen, record.rejected) if side]
@@ -643,27 +644,29 @@ class Tokenizer:
             wholes.append(prompt + (ids[len(before):] if same else self._behind_anchor(piece[len(lead):])))
         return prompt, wholes
 
-    def _check(self, spelled: "Spelled", prompt: list[int], drafts: list[list[int]], decoded: Iterator[str]) -> tuple:
-        """The ids of a draft that is what it should be, with the tokens that start and end a text.  A chat's turn ends
-        with its last added token (<|im_end|>, </s>), if only white space follows that."""
+    def _check(self, spelled: "Spelled", prompt: list[int], drafts: list[list[int]],
+               decoded: list[str]) -> tuple | BadData:
+        """The ids of a draft that is what it should be, with the tokens that start and end a text; else BadData.  A
+        chat's turn ends with its last added token (<|im_end|>, </s>), if only white space follows that."""
         chat, start, answers = spelled.chat, spelled.start, []
         if not prompt and (chat or not self.bos):
-            raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
+            return BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
         for name, whole, ids, text in zip(("chosen", "rejected"), spelled.wholes, drafts, decoded):
             if chat and not (whole.startswith(start) and whole[len(start):].strip()):
                 at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
-                raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, "
-                              f"where with a response behind it there is {whole[at:at + 50]!r}")
+                return BadData(f"the chat template is not prefix-stable: the prompt alone has "
+                               f"{start[at:at + 50]!r:.150}, where with a response behind it there is "
+                               f"{whole[at:at + 50]!r:.150}")
             if text != whole and not (chat and "".join(text.split()) == "".join(whole.split())):
-                raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
-                              "or drops a character there; move the space or line break at the seam into the "
-                              "response, or remove the character")
+                return BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer "
+                               "changes or drops a character there; move the space or line break at the seam into the "
+                               "response, or remove the character")
             answer = ids[len(prompt):]
             last = next((i for i in range(len(answer), 0, -1) if answer[i - 1] in self.ends), 0)
             ended = chat and last and not self.text(answer[last:]).strip()
             answers.append(answer[:last] if ended else self._end(answer))
         if answers[1:] == answers[:1]:
-            raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
+            return BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
         return prompt if chat else self._start(prompt), *[*answers, []][:2]
 
 
