@@ -64,22 +64,25 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Files that people have: the columns that a record is known by, and what makes it one of ours, of messages.
 SHAPES = {
-    "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], r["system"])),
-    "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], r["system"])),
+    "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], system=r["system"])),
+    "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], system=r["system"])),
     "Alpaca": ("instruction chosen rejected", lambda r: _asked(r, _instruction(r))),
-    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), pair=_two(r, "output"))),
-    "stack-exchange": ("question response_j response_k",
-                       lambda r: _asked(r, r["question"], pair=[r["response_j"], r["response_k"]])),
+    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), "output")),
+    "stack-exchange": ("question response_j response_k", lambda r: _asked(r, r["question"], "response_j response_k")),
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id",
-                     lambda r: _asked(r, r["prompt"], pair=_better(r, "better_response_id", "response_0 response_1"))),
+                     lambda r: _asked(r, r["prompt"], "response_0 response_1", "better_response_id")),
     "ShareGPT": ("conversations chosen rejected", lambda r: _sharegpt(r)),
     "SHP": ("history human_ref_A human_ref_B labels score_A score_B",
-            lambda r: {**_asked(r, r["history"], pair=_better(r, "labels", "human_ref_B human_ref_A")),
-                       "votes": _better(r, "labels", "score_B score_A")}),
+            lambda r: {**_asked(r, r["history"], "human_ref_B human_ref_A", "labels"),
+                       "votes": _pair(r, "score_B score_A", "labels")}),
     "HelpSteer3": ("context response1 response2 overall_preference individual_preference", lambda r: _helpsteer(r)),
 }
 FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
 FORMS |= {name: f"columns {columns}" for name, (columns, _) in SHAPES.items()}
+
+# What else a record may carry, and the flag that uses it.
+FIELDS = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
+          "rewards": "--advantage"}
 
 
 class Record(NamedTuple):
@@ -93,9 +96,10 @@ class Record(NamedTuple):
     form: str
 
 
-def _asked(record: dict, question: str, system: str | None = None, pair: list | None = None) -> dict:
-    """A record of ours from a question, what a system message says, and both responses if they have other names."""
-    chosen, rejected = pair or (record["chosen"], record["rejected"])
+def _asked(record: dict, question: str, responses: str = "chosen rejected", label: str | None = None,
+           system: str | None = None) -> dict:
+    """A record of ours from a question, the columns of the responses, see _pair, and what a system message says."""
+    chosen, rejected = _pair(record, responses, label)
     before = [] if system in (None, "") else [{"role": "system", "content": system}]
     prompt = [*before, {"role": "user", "content": question}]
     return {**record, "prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -108,18 +112,15 @@ def _instruction(record: dict) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _two(record: dict, name: str) -> list:
-    if not isinstance(record[name], list) or len(record[name]) != 2:
-        raise BadData(f"{name!r} is {_kind(record[name])}, not [chosen, rejected]")
-    return record[name]
-
-
-def _better(record: dict, label: str, columns: str) -> list:
-    """The values of two columns, the better one first: the label is the number of its column, 0 or 1."""
-    first, second = (record[name] for name in columns.split())
-    if record[label] not in (0, 1):
+def _pair(record: dict, columns: str, label: str | None = None) -> list:
+    """The values of two columns, or the two in one, the better one first: the label, if any, is its number, 0 or 1."""
+    found = [record[name] for name in columns.split()]
+    pair = found if len(found) == 2 else found[0]
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise BadData(f"{columns!r} is {_kind(pair)}, not [chosen, rejected]")
+    if label and record[label] not in (0, 1):
         raise BadData(f"{label!r} is {record[label]!r:.50}, neither 0 nor 1")
-    return [second, first] if record[label] else [first, second]
+    return pair[::-1] if label and record[label] else pair
 
 
 def _sharegpt(record: dict) -> dict:
@@ -143,10 +144,9 @@ def _helpsteer(record: dict) -> dict:
         raise BadData(f"its preferences are {overall!r:.50} and {marks!r:.50}, not numbers from -3 to 3")
     if overall == 0:
         raise NoPreference("'overall_preference' is 0: no preference")
-    sides, votes = ["response1", "response2"], [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)]
-    if overall > 0:
-        sides, votes = sides[::-1], votes[::-1]
-    chosen, rejected = (record[side] for side in sides)
+    order = 1 if overall < 0 else -1
+    chosen, rejected = [record["response1"], record["response2"]][::order]
+    votes = [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)][::order]
     return {"prompt": record["context"], "chosen": chosen, "rejected": rejected, "votes": votes if any(votes) else None}
 
 
@@ -187,31 +187,29 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
         raise BadData(f"{error} {found}" if prompt is None else error) from None
     if empty := [name for name, side in zip(names, sides) if not plain(side)]:
         raise BadData(f"{empty[0]!r} is empty")
-    phi, votes = item.get("dispersion"), item.get("votes")
-    if phi is not None and (isinstance(phi, bool) or not isinstance(phi, int | float) or not 0 < phi <= 1):
-        raise BadData(f"'dispersion' is {phi!r}, not a number phi with 0 < phi <= 1")
-    if votes is not None and not (isinstance(votes, list) and len(votes) == 2 and any(votes)
-                                  and all(type(count) is int and 0 <= count < 1 << 31 for count in votes)):
-        raise BadData(f"'votes' is {votes!r}, not [for chosen, for rejected], two counts of which one is above 0")
-    return Record(prompt, *[*sides, ""][:2], phi, votes, _scores(item), _numbers("rewards", item.get("rewards")),
-                  shape or form)
+    return Record(prompt, *[*sides, ""][:2], *_fields(item), shape or form)
 
 
-def _scores(item: dict) -> list[float] | None:
-    """The ratings of both responses: "scores", or "score_chosen" and "score_rejected" as UltraFeedback has them."""
-    pair = [item.get("score_chosen"), item.get("score_rejected")]
-    scores = _numbers("scores", item.get("scores", pair if pair != [None, None] else None))
-    if scores and pair not in ([None, None], scores):
-        raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {pair}")
-    return scores
+def _fields(item: dict) -> list:
+    """The values of FIELDS, None where there is none; UltraFeedback has its scores in two columns."""
+    rated = [item.get("score_chosen"), item.get("score_rejected")]
+    if rated != [None, None]:
+        item = {"scores": rated, **item}
+    phi, votes, scores, rewards = found = [item.get(name) for name in FIELDS]
+    if phi is not None and not (_numbers([phi], 1) and 0 < phi <= 1):
+        raise BadData(f"'dispersion' is {phi!r:.200}, not a number phi with 0 < phi <= 1")
+    if votes is not None and not (_numbers(votes, 2, (int,)) and min(votes) >= 0 and 0 < max(votes) < 1 << 31):
+        raise BadData(f"'votes' is {votes!r:.200}, not [for chosen, for rejected], two counts of which one is above 0")
+    for name, pair in (("scores", scores), ("rewards", rewards)):
+        if pair is not None and not _numbers(pair, 2):
+            raise BadData(f"its {name} are {pair!r:.200}, not numbers of [chosen, rejected]")
+    if scores and rated not in ([None, None], scores):
+        raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {rated}")
+    return found
 
 
-def _numbers(name: str, value) -> list[float] | None:
-    """A number for each response, or nothing."""
-    if value is not None and not (isinstance(value, list) and len(value) == 2
-                                  and all(type(x) in (int, float) and abs(x) < 1e30 for x in value)):
-        raise BadData(f"its {name} are {value!r:.200}, not numbers of [chosen, rejected]")
-    return value
+def _numbers(values, count: int, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(values, list) and len(values) == count and all(type(x) in kinds and abs(x) < 1e30 for x in values)
 
 
 def plain(text: Text) -> str:
@@ -220,8 +218,11 @@ def plain(text: Text) -> str:
 
 def _text(name: str, value) -> Text:
     """A string, or messages whose contents are strings (a content of text parts is joined); checked."""
-    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no character")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no "
+                      "character") from None
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
@@ -278,7 +279,7 @@ def _kind(value) -> str:
     return names.get(type(value), f"the number {value!r}")
 
 
-def decode_json(text: bytes):
+def decode_json(text: bytes, where: str = ""):
     def unique(items):
         if len(dict(items)) < len(items):
             raise ValueError(f"a name stands twice among {', '.join(repr(name) for name, _ in items)}")
@@ -287,7 +288,7 @@ def decode_json(text: bytes):
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)   # int refuses NaN
     except (ValueError, RecursionError) as error:
         kind = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-        raise BadData(f"not {kind} ({error})") from None
+        raise BadData(f"{where}not {kind} ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,87 +300,94 @@ REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", text) of each line that is not blank, of a plain or .gz file; ("file:record", text) of each item,
-    if a .json file holds an array."""
-    path, number, size = fetch(name), 0, 0
+    """("file:line", text) of each line that is not blank, or of each item of an array, or row of a table, as JSON.
+    Raises BadData."""
+    path = fetch(name)
     if path.is_dir():
         raise BadData(f"{name}: a folder; give its files, or of one by datasets' save_to_disk make one: "
                       "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
-    table = next((reader for fits, reader in TABLES if fits(path)), None)
-    if table:
-        yield from ((f"{name}:{number}", json.dumps(row, default=str).encode()) for number, row in table(name, path))
-        return
+    begin = _begin(path)
+    reader = next(reader for fits, reader in READERS if fits(path.suffixes, begin))
+    yield from ((f"{name}:{number}", text) for number, text in reader(name, path) if text.strip())
+
+
+def _open(path: Path):
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+
+def _begin(path: Path) -> bytes:
+    """What a file begins with; nothing of a pipe, which can be read once, nor of what is no .gz file."""
+    if path.is_file():
+        with contextlib.suppress(EOFError, OSError, zlib.error), _open(path) as file:
+            return file.read(4096).removeprefix(BOM).lstrip()
+    return b""
+
+
+def _lines(name, path: Path, whole: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line, or of all that is there, within bounds."""
+    number, size, most = 0, 0, LONGEST[whole]
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            array = ".json" in path.suffixes and file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-            read, most = file.read if array else file.readline, LONGEST[array]
+        with _open(path) as file:
             room = LONGEST[0] + DENSEST * path.stat().st_size if path.suffix == ".gz" else math.inf
+            read = file.read if whole else file.readline
             for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
                 size += len(line)
                 if len(line) > most:
-                    raise BadData(f"longer than {most:,} bytes; write one record a line")
+                    raise BadData(f"{name}:{number}: longer than {most:,} bytes; write one record a line")
                 if size > room:
-                    raise BadData(f"over {DENSEST} times the size of the gzip file; unpack it, if you trust it")
-                if array:
-                    for record, item in enumerate(decode_json(line), 1):
-                        yield f"{name}:{record}", json.dumps(item).encode()
-                elif line.removeprefix(b"\xef\xbb\xbf").strip():
-                    yield f"{name}:{number}", line
-    except (BadData, RecursionError) as error:
-        raise BadData(f"{name}:{number}: {error!s:.500}") from None
+                    raise BadData(f"{name}:{number}: over {DENSEST} times the size of the gzip file; unpack it, if you "
+                                  "trust it")
+                yield number, line.removeprefix(BOM) if number == 1 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
     except OSError as error:
         raise BadData(f"{name}: {error.strerror or error}") from None
 
 
-def _is_parquet(path: Path) -> bool:
-    if not path.is_file():                                          # a pipe can be read once
-        return False
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
-    return False
+def _items(name, path: Path) -> Iterator[tuple[int, bytes]]:
+    for _, text in _lines(name, path, whole=True):
+        try:
+            yield from enumerate((json.dumps(item).encode() for item in decode_json(text)), 1)
+        except (BadData, RecursionError) as error:
+            raise BadData(f"{name}:1: {error!s:.500}") from None
 
 
-def _parquet_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise BadData(f"{name}: to read Parquet, pip install pyarrow") from None
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate((json.dumps(row, default=str).encode() for row in rows), 1)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadData(f"{name}: the Parquet file is broken ({' '.join(str(error).split()):.300})") from None
 
 
-def _short_lines(file) -> Iterator[str]:
-    for line in iter(lambda: file.readline(LONGEST[0] + 1), ""):
-        if len(line) > LONGEST[0]:
-            raise csv.Error(f"a line longer than {LONGEST[0]:,} characters")
-        yield line
-
-
-def _csv_rows(name, path: Path) -> Iterator[tuple[int, dict]]:
-    """Rows by the header's names; what is not text there is written as in JSON."""
+def _csv_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
+    """By the header's names; what is not text there is written as in JSON."""
     csv.field_size_limit(LONGEST[0])
+    rows = csv.DictReader((line.decode() for _, line in _lines(name, path)), strict=True)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(_short_lines(file), strict=True)
-            for row in rows:
-                if None in row or None in row.values():
-                    raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
-                for key in row.keys() & NUMBERS:
-                    with contextlib.suppress(BadData):              # what is no JSON, the record's checks refuse
-                        row[key] = decode_json(row[key].encode()) if row[key] else None
-                yield rows.line_num, row
-    except (csv.Error, UnicodeError, EOFError, OSError, zlib.error) as error:
-        raise BadData(f"{name}: not a CSV file ({error})") from None
+        for row in rows:
+            if None in row or None in row.values():
+                raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
+            for key in row.keys() & NUMBERS:
+                with contextlib.suppress(BadData):      # what is no JSON, the record's checks refuse
+                    row[key] = decode_json(row[key].encode()) if row[key] else None
+            yield rows.line_num, json.dumps(row).encode()
+    except (csv.Error, UnicodeError) as error:
+        raise BadData(f"{name}:{rows.line_num}: not CSV ({error})") from None
 
 
-NUMBERS = {"dispersion", "votes", "scores", "rewards", "score_chosen", "score_rejected", "better_response_id", "labels",
-           "score_A", "score_B", "overall_preference"}              # columns that hold no text
-TABLES = [(_is_parquet, _parquet_rows), (lambda path: ".csv" in path.suffixes, _csv_rows)]
+BOM = b"\xef\xbb\xbf"
+NUMBERS = {*FIELDS, "score_chosen", "score_rejected", "better_response_id", "labels", "score_A", "score_B",
+           "overall_preference"}                        # columns that hold no text
+READERS = [(lambda suffixes, begin: begin.startswith(b"PAR1"), _parquet_rows),
+           (lambda suffixes, begin: ".csv" in suffixes, _csv_rows),
+           (lambda suffixes, begin: ".json" in suffixes and begin.startswith(b"["), _items),
+           (lambda suffixes, begin: True, _lines)]
 
 
 def fetch(name: str | Path) -> Path:
@@ -449,7 +457,9 @@ def compile_template(source: str):
     world.filters["tojson"] = tojson
     world.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     # {% generation %} marks what the assistant says: here a scope, no more.
-    return world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
+    template = world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
+    template.globals = dict(template.globals)           # a chain of tables, which each rendering would copy slowly
+    return template
 
 
 def _read(path: Path) -> bytes:
@@ -459,11 +469,8 @@ def _read(path: Path) -> bytes:
 
 
 def _settings(path: Path) -> dict:
-    try:
-        content = decode_json(_read(path)) if path.is_file() else {}
-        return content if isinstance(content, dict) else {}
-    except BadData as error:
-        raise BadData(f"{path}: {error}") from None
+    content = decode_json(_read(path), f"{path}: ") if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
@@ -484,7 +491,6 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
-        self.known = {}                                 # ids of texts that `pairs` has encoded
         config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
         with complaint(f"{folder}: not a tokenizer"):
             self.backend = tokenizers.Tokenizer.from_buffer(_read(folder / "tokenizer.json"))
@@ -513,7 +519,6 @@ class Tokenizer:
             day = datetime.now().strftime("%x") if "strftime" in str(template) else ""
             self.digest = hashlib.sha256(b"".join(map(_read, files)) + day.encode()).hexdigest()
             self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
-            self.bos_text, self.eos_text = self.text(self.bos), self.text([self.eos])
 
     def _find_eos(self, folder: Path) -> int:
         if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
@@ -525,8 +530,23 @@ class Tokenizer:
                 return found
         raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
 
-    def _fill(self, chat: list[dict], answer: bool) -> str:
-        """The template's text, without a limit."""
+    @contextlib.contextmanager
+    def _limited(self, last: bool = True):
+        """Within the limit of a rendering.  BadData in place of what a template raises, which can be anything; what
+        takes too long is not tried again, if this was the last try."""
+        try:
+            with bounded(*RENDERING):
+                yield
+        except BadData:
+            raise
+        except Exception as error:
+            if last and isinstance(error, TimeoutError):
+                self.template = "{{ raise_exception('it takes too long') }}"
+            raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
+
+    def _render(self, chat: list[dict], answer: bool) -> str:
+        if self.template is None:
+            raise BadData("holds messages, but the tokenizer has no chat template: use a chat model, or strings")
         if isinstance(self.template, str):
             self.template = compile_template(self.template)
         text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
@@ -536,131 +556,128 @@ class Tokenizer:
         return text
 
     def render(self, chat: list[dict], answer: bool) -> str:
-        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.
+        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.  A message
+        that spells a special token becomes that token, as in transformers.  Raises BadData."""
+        with self._limited():
+            return self._render(chat, answer)
 
-        A message that spells a special token becomes that token, as in transformers.  Raises BadData.
-        """
-        if self.template is None:
-            raise BadData("holds messages, but the tokenizer has no chat template: use a chat model, or strings")
-        try:
-            with bounded(*RENDERING):
-                return self._fill(chat, answer)
-        except Exception as error:                      # a template can raise anything
-            if isinstance(error, TimeoutError):         # once is enough
-                self.template = "{{ raise_exception('it takes too long') }}"
-            raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
-
-    def _encode(self, text):
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
         with complaint("the tokenizer fails"):
-            return self.known.get(text) or self.backend.encode(text, add_special_tokens=False).ids
+            return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _continue(self, text):
-        return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
+    def _text_all(self, parts: list) -> list[str]:
+        with complaint("the tokenizer fails"):
+            return self.backend.decode_batch(parts, skip_special_tokens=False)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_all([text])[0]
+
+    def text(self, ids) -> str:
+        return self._text_all([list(ids)])[0]
 
     def prompt(self, text: Text) -> list[int]:
         """Ids of a string, with the token that starts a text; or of a chat, with the beginning of the assistant's
         turn, where the template alone decides on a token that starts it."""
         if isinstance(text, list):
             return self._encode(self.render(text, True))
-        ids = self._encode(text)
-        return ids if ids[:len(self.bos)] == self.bos else self.bos + ids
+        return self._start(self._encode(text))
 
     def response(self, text: str) -> list[int]:
         """Ids of a text that continues another one, and the end token (once)."""
-        ids = self._continue(text)
+        return self._end(self._behind_anchor(text))
+
+    def _behind_anchor(self, text: str) -> list[int]:
+        return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
+
+    def _start(self, ids: list[int]) -> list[int]:
+        return ids if ids[:len(self.bos)] == self.bos else self.bos + ids
+
+    def _end(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
-    def text(self, ids) -> str:
-        with complaint("the tokenizer fails"):
-            return self.backend.decode(list(ids), skip_special_tokens=False)
-
-    def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """The ids of many records, or what `pair` raises of each.  All texts are rendered within one limit and encoded
-        at once; what fails so fails again when `pair` meets it alone, and says why."""
-        texts = [None] * len(records)
-        with contextlib.suppress(Exception), bounded(*RENDERING):
-            for i, record in enumerate(records):
-                texts[i] = self._texts(record, self._fill)
-        wanted = []
-        for record, spelled in zip(records, texts):
-            if spelled and isinstance(record.prompt, list):
-                cut = self._last_mark(spelled[0])
-                wanted += [spelled[0], *(text[cut:] for text in spelled)]
-            elif spelled:
-                wanted += [spelled[0], *(self.anchor + whole[len(spelled[0]):] for whole in spelled[1:])]
-        wanted = list(dict.fromkeys(wanted))            # prompts that repeat, once
-        with contextlib.suppress(BadData), complaint(""):
-            found = self.backend.encode_batch_fast(wanted, add_special_tokens=False)
-            self.known.update(zip(wanted, (each.ids for each in found)))
-            for record, spelled in zip(records, texts):
-                if spelled and isinstance(record.prompt, list):
-                    self._join(*spelled)
-        pairs = []
-        for record, spelled in zip(records, texts):
-            try:
-                pairs.append(self.pair(record, spelled))
-            except BadData as error:
-                pairs.append(BadData(f"{error!s:.500}"))
-        self.known.clear()
-        return pairs
-
-    def _last_mark(self, start: str) -> int:
-        """Where the last added token of a rendered prompt ends: what stands there is encoded apart from the rest."""
-        return max((match.end() for match in self.mark.finditer(start)), default=0)
-
-    def _join(self, start: str, *wholes: str) -> None:
-        """The ids of a prompt with a response: the prompt's up to its last added token, and those of what follows, if
-        with the prompt alone that is true."""
-        cut = self._last_mark(start)
-        whole, behind = self.known[start], self.known[start[cut:]]
-        if cut and start[cut:].strip() and whole[len(whole) - len(behind):] == behind:
-            head = whole[:len(whole) - len(behind)]
-            self.known.update({text: head + self.known[text[cut:]] for text in wholes if text.startswith(start)})
-
-    def _texts(self, record: Record, render) -> list[str]:
-        """The text of the prompt, and those of the prompt with each response there is."""
-        sides = [side for side in (record.chosen, record.rejected) if side]
-        if isinstance(record.prompt, str):
-            return [record.prompt, *(record.prompt + side for side in sides)]
-        return [render(record.prompt, True), *(render([*record.prompt, *side], False) for side in sides)]
-
-    def pair(self, record: Record, texts: list[str] | None = None) -> tuple[list[int], list[int], list[int]]:
+    def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
         """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
         string; to a rendered chat but for white space, which some special tokens take in."""
-        chat = isinstance(record.prompt, list)
-        start, *wholes = texts or self._texts(record, self.render)
-        prompt, responses = self._encode(start) if chat else self.prompt(start), []
-        if not prompt:
-            raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        for name, whole in zip(("chosen", "rejected"), wholes):
-            ids, same = (self._turn if chat else self._string)(start, whole, prompt)
-            if not same:
-                raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes "
-                              "or drops a character there; move the space or line break at the seam into the "
-                              "response, or remove the character")
-            responses.append(ids)
-        if responses[1:] == responses[:1]:
-            raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
-        return prompt, *[*responses, []][:2]
+        found = self.pairs([record])[0]
+        if isinstance(found, BadData):
+            raise found
+        return found
 
-    def _string(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
-        """Ids of what stands behind the start, and whether all decodes to the whole."""
-        ids = self.response(whole[len(start):])
-        plain = prompt if self.bos and start.startswith(self.bos_text) else prompt[len(self.bos):]
-        return ids, self.text([*plain, *(ids if whole.endswith(self.eos_text) else ids[:-1])]) == whole
+    def pairs(self, records: list[Record]) -> list[tuple | BadData]:
+        """The ids of many records, or what `pair` raises of each.  All chats are rendered within one limit, all texts
+        encoded at once and all ids decoded at once; if a record prevents that, each is done alone."""
+        try:
+            with self._limited(last=len(records) == 1):
+                spelled = [self._spell(record) for record in records]
+            wanted = list(dict.fromkeys(text for each in spelled for text in (each.start, each.lead, *each.pieces)))
+            known = dict(zip(wanted, self._encode_all(wanted)))
+            drafts = [self._draft(each, known) for each in spelled]
+            decoded = iter(self._text_all([whole for _, wholes in drafts for whole in wholes]))
+        except BadData as error:
+            if len(records) == 1:
+                return [BadData(f"{error!s:.500}")]
+            return [self.pairs([record])[0] for record in records]
+        return [self._check(each, prompt, wholes, [next(decoded) for _ in wholes])
+                for each, (prompt, wholes) in zip(spelled, drafts)]
 
-    def _turn(self, start: str, whole: str, prompt: list[int]) -> tuple[list[int], bool]:
-        """The same of a rendered chat, up to the last added token (<|im_end|>, </s>), if only white space follows it:
-        there the turn ends.  A template that ends no turn so gets the end token."""
-        if not whole.startswith(start) or not whole[len(start):].strip():
-            at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
-            raise BadData(f"the chat template is not prefix-stable: the prompt alone has {start[at:at + 50]!r}, where "
-                          f"with a response behind it there is {whole[at:at + 50]!r}")
-        ids = self._encode(whole)                                       # as transformers does, if the seam holds
-        ids = ids[len(prompt):] if ids[:len(prompt)] == prompt else self._continue(whole[len(start):])
-        same = "".join(self.text(prompt + ids).split()) == "".join(whole.split())
-        last = max((i + 1 for i, token in enumerate(ids) if token in self.ends), default=0)
-        return ids[:last] if last and not self.text(ids[last:]).strip() else [*ids, self.eos], same
+    def _spell(self, record: Record) -> "Spelled":
+        sides = [side for side in (record.chosen, record.rejected) if side]
+        if isinstance(record.prompt, str):
+            wholes = [record.prompt + side for side in sides]
+            return Spelled(False, record.prompt, wholes, self.anchor, [self.anchor + side for side in sides])
+        start = self._render(record.prompt, True)
+        wholes = [self._render([*record.prompt, *side], False) for side in sides]
+        cut = max((match.end() for match in self.mark.finditer(start)), default=0)
+        cut = cut if start[cut:].strip() else 0
+        return Spelled(True, start, wholes, start[cut:], [whole[cut:] for whole in wholes])
+
+    def _draft(self, spelled: "Spelled", known: dict[str, list[int]]) -> tuple[list[int], list[list[int]]]:
+        """Ids of the prompt, and of the prompt with each response.  A chat's are those that transformers makes of the
+        whole text, if they begin with the prompt's."""
+        prompt, lead, pieces = known[spelled.start], spelled.lead, spelled.pieces
+        if spelled.chat and prompt[len(prompt) - len(known[lead]):] != known[lead]:
+            lead, pieces = spelled.start, spelled.wholes
+        wholes = []
+        for piece in pieces:
+            ids, before = known.get(piece) or self._encode(piece), known[lead]
+            same = ids[:len(before)] == before
+            wholes.append(prompt + (ids[len(before):] if same else self._behind_anchor(piece[len(lead):])))
+        return prompt, wholes
+
+    def _check(self, spelled: "Spelled", prompt: list[int], drafts: list[list[int]],
+               decoded: list[str]) -> tuple | BadData:
+        """The ids of a draft that is what it should be, with the tokens that start and end a text; else BadData.  A
+        chat's turn ends with its last added token (<|im_end|>, </s>), if only white space follows that."""
+        chat, start, answers = spelled.chat, spelled.start, []
+        if not prompt and (chat or not self.bos):
+            return BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
+        for name, whole, ids, text in zip(("chosen", "rejected"), spelled.wholes, drafts, decoded):
+            if chat and not (whole.startswith(start) and whole[len(start):].strip()):
+                at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
+                return BadData(f"the chat template is not prefix-stable: the prompt alone has "
+                               f"{start[at:at + 50]!r:.150}, where with a response behind it there is "
+                               f"{whole[at:at + 50]!r:.150}")
+            if text != whole and not (chat and "".join(text.split()) == "".join(whole.split())):
+                return BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer "
+                               "changes or drops a character there; move the space or line break at the seam into the "
+                               "response, or remove the character")
+            answer = ids[len(prompt):]
+            last = next((i for i in range(len(answer), 0, -1) if answer[i - 1] in self.ends), 0)
+            ended = chat and last and not self.text(answer[last:]).strip()
+            answers.append(answer[:last] if ended else self._end(answer))
+        if answers[1:] == answers[:1]:
+            return BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
+        return prompt if chat else self._start(prompt), *[*answers, []][:2]
+
+
+class Spelled(NamedTuple):
+    """The texts of a record.  A response is encoded behind a lead, whose ids are then taken away: behind the anchor, or
+    in a chat behind what follows the prompt's last added token, where encoding starts anew."""
+    chat: bool
+    start: str                   # the prompt
+    wholes: list[str]            # the prompt with each response
+    lead: str
+    pieces: list[str]            # the lead with each response
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -726,33 +743,36 @@ class Dataset(NamedTuple):
         return text
 
 
-CARRIED = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
-           "rewards": "--advantage"}         # fields of a record, and the flag that uses them
-
-
 def read_columns(words: list[str] | None) -> dict[str, str]:
     """What --columns says, our name -> theirs.  Raises BadData."""
     columns = dict(word.partition("=")[::2] for word in words or ())
     for ours, theirs in columns.items():
-        if ours not in ("prompt", "chosen", "rejected", *CARRIED) or not theirs:
+        if ours not in ("prompt", "chosen", "rejected", *FIELDS) or not theirs:
             raise BadData(f"--columns {ours}={theirs}: expected prompt=..., chosen=..., rejected=..., or one of "
-                          f"{', '.join(CARRIED)}")
+                          f"{', '.join(FIELDS)}")
     return columns
 
 
-def in_blocks(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of so many; what was read before the items end in BadData comes before it."""
-    block = []
+def parse_line(line: bytes | BadData, need_rejected: bool, columns: dict[str, str] | None) -> Record | BadData:
+    """What stands in a line, or what is wrong with it."""
     try:
-        for item in items:
-            block.append(item)
-            if len(block) == size:
-                yield block
-                block = []
-    except BadData:
-        yield block
-        raise
-    yield block
+        if isinstance(line, BadData):
+            raise line
+        if len(line) > LONGEST[0]:                                  # one of an array
+            raise BadData(f"longer than {LONGEST[0]:,} bytes")
+        return parse(decode_json(line), need_rejected, columns)
+    except NoPreference as error:
+        return error
+    except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
+        return BadData(f"{error!s:.500}")
+
+
+def up_to_error(lines: Iterator) -> Iterator[tuple]:
+    """The lines, and as the last one, of nowhere, the BadData that they end in."""
+    try:
+        yield from lines
+    except BadData as error:
+        yield None, error
 
 
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
@@ -760,25 +780,16 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
     names = [names] if isinstance(names, str | Path) else names
-    for block in in_blocks(itertools.chain.from_iterable(map(read_lines, names)), 64):
-        records = []
-        for _, line in block:
-            try:
-                if len(line) > LONGEST[0]:                  # one of an array
-                    raise BadData(f"longer than {LONGEST[0]:,} bytes")
-                records.append(parse(decode_json(line), need_rejected, columns))
-            except NoPreference as error:
-                records.append(error)
-            except (BadData, RecursionError) as error:      # the latter from thousands of brackets
-                records.append(BadData(f"{error!s:.500}"))
+    lines = up_to_error(itertools.chain.from_iterable(map(read_lines, names)))
+    for block in iter(lambda: list(itertools.islice(lines, 64)), []):
+        records = [parse_line(line, need_rejected, columns) for _, line in block]
         good = [record for record in records if not isinstance(record, BadData)]
         found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
-        for (where, _), record in zip(block, records):
+        for (where, line), record in zip(block, records):
+            if where is None:
+                raise line
             ids = record if isinstance(record, BadData) else next(found)
-            if isinstance(ids, BadData):
-                yield where, ids, None
-            else:
-                yield where, record, ids
+            yield (where, ids, None) if isinstance(ids, BadData) else (where, record, ids)
 
 
 def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
@@ -800,34 +811,30 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
     max_dropped of the pairs does not fit, and if nothing is left.
     """
-    pairs, cut, dropped, bad, ties, forms = [], 0, [], 0, 0, {}
+    names = [names] if isinstance(names, str | Path) else names
+    pairs, dropped, forms, tally = [], [], {}, Counter()
     for where, record, ids in watch(read_pairs(names, tokenizer, need_rejected, read_columns(columns))):
-        if isinstance(record, NoPreference):
-            ties += 1
-            continue
+        if isinstance(record, BadData) and not isinstance(record, NoPreference) and not skip_bad:
+            raise BadData(f"{where}: {record}")
         if isinstance(record, BadData):
-            if not skip_bad:
-                raise BadData(f"{where}: {record}")
-            bad += 1
-            continue
-        prompt = truncate_prompt(ids, tokenizer.bos, max_tokens)
-        if prompt is None:
+            tally[type(record)] += 1
+        elif (prompt := truncate_prompt(ids, tokenizer.bos, max_tokens)) is None:
             dropped.append(where)
-            continue
-        cut += len(prompt) < len(ids[0])
-        forms[record.form] = None
-        arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
-        pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
-        for name in needed:
-            if getattr(record, name) is None:
-                raise BadData(f"{where}: no {name!r}; this method or --dispersion needs it in every record")
+        else:
+            tally["cut"] += len(prompt) < len(ids[0])
+            forms[record.form] = None
+            arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
+            pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
+            if missing := [name for name in needed if getattr(record, name) is None]:
+                raise BadData(f"{where}: no {missing[0]!r}; this method or --dispersion needs it in every record")
+    bad, ties = tally[BadData], tally[NoPreference]
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
     if not pairs:
-        files = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
-        raise BadData(f"{files}: no pairs in it ({bad:,} bad records skipped)" if bad else f"{files}: no pairs in it")
-    return Dataset(pairs, cut, len(dropped), bad, ties, tuple(forms))
+        skipped = f" ({bad:,} bad records skipped)" if bad else ""
+        raise BadData(f"{', '.join(map(str, names))}: no pairs in it{skipped}")
+    return Dataset(pairs, tally["cut"], len(dropped), bad, ties, tuple(forms))
 
 
 def write_dataset(dataset: Dataset, key: str) -> bytes:
@@ -841,21 +848,21 @@ def write_dataset(dataset: Dataset, key: str) -> bytes:
 
 def _checksum(tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name in ("ids", "lengths", "facts"):
-        digest.update(tensors[name].dtype.str.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
+    for tensor in tensors.values():
+        digest.update(tensor.dtype.str.encode())
+        digest.update(tensor)
     return digest.hexdigest()
 
 
 def read_dataset(path: Path, key: str) -> Dataset | None:
-    """What write_dataset wrote, or None: there is nothing, or it is of another key, or damaged."""
+    """What write_dataset wrote, its ids as views of the mapped file, or None: there is nothing, or it is of another
+    key, or damaged."""
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("ids", "lengths", "facts")}
-        if metadata.get("key") != key or metadata.get("sha256") != _checksum(tensors):
-            return None
-    except (OSError, SafetensorError, KeyError, AttributeError, TypeError):
+        with safe_open(path, "pt") as file:             # its tensors are views of the file, numpy's would be copies
+            tensors = {name: file.get_tensor(name).numpy() for name in ("ids", "lengths", "facts")}
+            if file.metadata() != {"key": key, "sha256": _checksum(tensors)}:
+                return None
+    except (OSError, SafetensorError, TypeError):       # TypeError: numbers of a kind that numpy has not
         return None
     facts = json.loads(tensors["facts"].tobytes())
     parts = np.split(tensors["ids"], tensors["lengths"].cumsum()[:-1])
@@ -891,9 +898,8 @@ def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], li
     count = math.ceil(share * len(pairs)) if share < 1 else int(share)
     if count >= len(pairs):
         raise BadData(f"--eval-pairs {share} leaves none of the {len(pairs)} pairs to train on")
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    held_out, kept = sorted(order[:count]), sorted(order[count:])
-    return [pairs[i] for i in kept], [pairs[i] for i in held_out]
+    held_out = set(np.random.default_rng(seed).permutation(len(pairs))[:count].tolist())
+    return ([pair for i, pair in enumerate(pairs) if i not in held_out], [pairs[i] for i in sorted(held_out)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -927,9 +933,8 @@ class Schedule:
 def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Deal pairs into the fewest rows, a multiple of `multiple`, of at most `budget` tokens: the longest first, each
     into the emptiest row, so that rows (and ranks) are even."""
-    total = sum(costs[i] for i in indices)
-    count = multiple * max(1, math.ceil(total / (budget * multiple)))
-    while True:
+    fewest = max(1, math.ceil(sum(costs[i] for i in indices) / (budget * multiple)))
+    for count in itertools.count(fewest * multiple, multiple):
         rows, load = [[] for _ in range(count)], [0] * count
         for i in sorted(indices, key=lambda i: (-costs[i], i)):
             emptiest = load.index(min(load))
@@ -937,7 +942,6 @@ def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -
             load[emptiest] += costs[i]
         if max(load) <= budget or count >= len(indices) + multiple:
             return rows
-        count += multiple
 
 
 @dataclass
@@ -1081,84 +1085,76 @@ def to_device(values, device: str | torch.device, dtype: torch.dtype = torch.int
 # ---------------------------------------------------------------------------------------------------------------
 # 6. The data doctor
 
-class Facts(NamedTuple):
-    """What the doctor keeps of a pair."""
-    lengths: list[int]           # of prompt, chosen, rejected
-    form: str
-    cut: bool | None             # the prompt loses its beginning; None: the pair does not fit
-    spaces: int                  # responses that start with one
-    prompt: bytes                # digests: of the prompt, of the pair, of its opposite
-    pair: bytes
-    opposite: bytes
-    carries: tuple[str, ...]     # what a weight can come from
-
-
 def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int,
             columns: dict[str, str] | None = None) -> bool:
     """Print what is in files of records, all of them read, and some pairs -> whether nothing is wrong with them."""
-    def digest(*texts):
-        return hashlib.sha256(json.dumps(texts).encode()).digest()[:16]
-    bad, facts, first, ties = [], [], [], 0
+    bad, pairs, lengths, shown = [], [], [], []
+    tally = Counter()                                              # of forms, of fields, and of what rows are about
     for name in names:
         try:
             for where, record, ids in read_pairs(name, tokenizer, columns=columns):
                 if isinstance(record, NoPreference):
-                    ties += 1
-                    continue
-                if isinstance(record, BadData):
+                    tally["tie"] += 1
+                elif isinstance(record, BadData):
                     bad.append((f"{where}: {record}", str(record)))
-                    continue
-                prompt, chosen, rejected, *_ = record
-                kept = truncate_prompt(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
-                facts.append(Facts([len(part) for part in ids], record.form,
-                                   None if kept is None else len(kept) < len(ids[0]),
-                                   sum(plain(side).startswith(" ") for side in (chosen, rejected)), digest(prompt),
-                                   digest(prompt, chosen, rejected), digest(prompt, rejected, chosen),
-                                   tuple(name for name in CARRIED if getattr(record, name) is not None)))
-                if tokenizer and len(first) < examples:
-                    first.append((where, *ids))
+                else:
+                    kept = truncate_prompt(ids, tokenizer.bos, max_tokens) if tokenizer else ids[0]
+                    tally["cut"] += kept is not None and len(kept) < len(ids[0])
+                    tally["dropped"] += kept is None
+                    tally["space"] += sum(plain(side).startswith(" ") for side in record[1:3])
+                    tally.update([record.form, *(name for name in FIELDS if getattr(record, name) is not None)])
+                    pairs.append(tuple(hash(json.dumps(text)) for text in record[:3]))
+                    lengths.append([len(part) for part in ids])
+                    if tokenizer and len(shown) < examples:
+                        shown.append((where, *ids))
         except BadData as error:
             bad.append((str(error), "the rest of a file that cannot be read"))
-    usable = f"{len(facts):,} of them usable pairs" if facts else "0 of them usable pairs  <- wrong"
-    print(f"{', '.join(names)}: {len(facts) + len(bad):,} records, {usable}")
-    for form, count in Counter(fact.form for fact in facts).most_common():
-        print(f"{count:>9,}  {form}: {FORMS[form]}")
-    if facts:
-        print_lengths(facts, "in tokens" if tokenizer else "in characters")
-    pairs, cuts = {fact.pair for fact in facts}, Counter(fact.cut for fact in facts)
-    opposed, same = len(pairs & {fact.opposite for fact in facts}), sum("no preference" in kind for _, kind in bad)
-    rows = [(cuts[True], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
-            (cuts[None], "pairs are dropped: a response does not fit", cuts[None] > 0.1 * len(facts)),
-            (len(facts) - len({fact.prompt for fact in facts}), "pairs have the prompt of an earlier one", False),
-            (len(facts) - len(pairs), "pairs repeat an earlier one exactly", False),
+    usable = f"{len(pairs):,} of them usable pairs" if pairs else "0 of them usable pairs  <- wrong"
+    print(f"{', '.join(names)}: {len(pairs) + len(bad):,} records, {usable}")
+    for form, count in tally.most_common():
+        if form in FORMS:
+            print(f"{count:>9,}  {form}: {FORMS[form]}")
+    if pairs:
+        print_lengths(np.array(lengths), tally["space"], "in tokens" if tokenizer else "in characters")
+    known, prompts = set(pairs), {prompt for prompt, _, _ in pairs}
+    opposed = sum((prompt, other, one) in known for prompt, one, other in known)
+    same = sum("no preference" in kind for _, kind in bad)
+    rows = [(tally["cut"], f"prompts lose their beginning at --max-tokens {max_tokens:,}", False),
+            (tally["dropped"], "pairs are dropped: a response does not fit", tally["dropped"] > 0.1 * len(pairs)),
+            (len(pairs) - len(prompts), "pairs have the prompt of an earlier one", False),
+            (len(pairs) - len(known), "pairs repeat an earlier one exactly", False),
             (opposed, "pairs are contradicted: the same two responses stand there the other way round, too", opposed),
-            (same, "records have identical responses", same), (ties, "records have no preference: skipped", False),
+            (same, "records have identical responses", same),
+            (tally["tie"], "records have no preference: skipped", False),
             (len(bad), "records are bad", bad)]
     for count, what, wrong in rows[0 if tokenizer else 2:]:
         print(f"{count:>9,}  {what}  <- wrong" if wrong else f"{count:>9,}  {what}")
-    for name, count in Counter(name for fact in facts for name in fact.carries).items():
-        print(f"{count:>9,}  pairs carry {name}: {CARRIED[name]} uses it")
+    for name in filter(tally.get, FIELDS):
+        print(f"{tally[name]:>9,}  pairs carry {name}: {FIELDS[name]} uses it")
     for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
         print(f"{count:>9,}    {kind}")
     print(*(f"  {message[:500]}" for message, _ in bad[:5]), sep="\n")
-    for where, prompt, *sides in first:                            # bars stand between the scored tokens
-        print(f"\n{where}: {len(prompt)} prompt tokens, {len(sides[0])} and {len(sides[1])} scored ones")
-        print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
-        for name, ids in zip(("chosen", "rejected"), sides):
-            shown = [repr(tokenizer.text([i]))[1:-1] for i in ids[:60]]
-            print(f"  {name:<9} |" + "|".join([*shown, "..."] if len(ids) > 60 else shown) + "|")
-    return bool(facts) and not any(wrong for _, _, wrong in rows)
+    for where, *ids in shown:
+        print_pair(where, ids, tokenizer)
+    return bool(pairs) and not any(wrong for _, _, wrong in rows)
 
 
-def print_lengths(facts: list[Facts], unit: str) -> None:
-    lengths = np.array([fact.lengths for fact in facts])
+def print_lengths(lengths: np.ndarray, spaces: int, unit: str) -> None:
     print(f"\n{unit:<17}     5 %    25 %    50 %    75 %    95 % longest")
     for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
         print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
     longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
-    spaced = sum(fact.spaces for fact in facts) / (2 * len(facts))
     print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
-          f"{spaced:>9.1%}  of the responses start with a space")
+          f"{spaces / (2 * len(lengths)):>9.1%}  of the responses start with a space")
+
+
+def print_pair(where: str, ids: list, tokenizer: Tokenizer) -> None:
+    prompt, *sides = ids
+    print(f"\n{where}: {len(prompt)} prompt tokens, {len(sides[0])} and {len(sides[1])} scored ones")
+    print("  prompt    " + repr(tokenizer.text(prompt[-60:])) + (" (its end)" if len(prompt) > 60 else ""))
+    for name, side in zip(("chosen", "rejected"), sides):
+        tokens = [repr(tokenizer.text([i]))[1:-1] for i in side[:60]]
+        print(f"  {name:<9} |" + "|".join([*tokens, "..."] if len(side) > 60 else tokens) + "|")
 
 
 def main():

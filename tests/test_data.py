@@ -262,6 +262,21 @@ def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
         for records in (chats, texts, chats[:3] + texts[:3]):
             found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records)]
             assert found == [alone(ours, record) for record in records]
+            for record, ids in zip(records, found):
+                if isinstance(record.prompt, list) and isinstance(ids, tuple):
+                    assert_ids_of_the_whole(ours, record, *ids)
+
+
+def assert_ids_of_the_whole(ours, record, prompt, *answers):
+    """They are those of the rendered texts, each encoded in one piece."""
+    def encode(text):
+        return ours.backend.encode(text, add_special_tokens=False).ids
+    assert prompt == encode(ours.render(record.prompt, True))
+    for side, answer in zip((record.chosen, record.rejected), answers):
+        whole, both = encode(ours.render([*record.prompt, *side], False)), prompt + answer
+        if whole[:len(prompt)] == prompt:
+            both = both if both == whole[:len(both)] else both[:-1]              # it got an end token
+            assert both == whole[:len(both)] and not ours.text(whole[len(both):]).strip()
 
 
 @pytest.mark.parametrize("name", TURN_ENDS)
@@ -830,10 +845,14 @@ def test_long_fields_of_csv(tokenizer, tmp_path):
     assert len(load_pairs(tmp_path / "f.csv", tokenizer, 50).pairs) == 1
     (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" + b"x" * 10 ** 8))
     tracemalloc.start()
-    with pytest.raises(BadData, match=r"bomb.csv.gz: not a CSV file \(a line longer than 4,194,304 characters"):
+    with pytest.raises(BadData, match=r"bomb.csv.gz:2: longer than 4,194,304 bytes"):
         load_pairs(tmp_path / "bomb.csv.gz", tokenizer, 50)
     assert tracemalloc.get_traced_memory()[1] < 5e7
     tracemalloc.stop()
+    rows = (b"a,b," + b"c" * 10 ** 5 + b"\n") * 99
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" + rows))
+    with pytest.raises(BadData, match=r"rows.csv.gz:\d+: over 50 times the size of the gzip file"):
+        list(read_lines(tmp_path / "rows.csv.gz"))
 
 
 def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
@@ -862,3 +881,6 @@ def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
         for one, other in zip(found.pairs, want.pairs):
             assert one[3:] == other[3:] and all(np.array_equal(a, b) for a, b in zip(one[:3], other[:3]))
     assert len(written) > 190
+    path.write_bytes(content)
+    found = data.cached_pairs(path, None, (tmp_path / "f.jsonl",), tokenizer, *settings)
+    assert str(path) in Path("/proc/self/maps").read_text() and len(found.pairs) == 20       # not read, but mapped
