@@ -136,68 +136,50 @@ ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope
 
 class Family(NamedTuple):
     config: Callable[[dict], Config]
-    names: dict[str, tuple[str, ...]]   # their module: our modules, whose weights (and biases) stacked are theirs
-    prefix: str = ""                    # of names; old files leave it out
+    column: int = 2                     # of NAMES: Llama's, as that of most families
+    prefix: str = "model."              # of those names; old files leave it out
+    head: str = "lm_head"               # the head's name
     transposed: tuple[str, ...] = ()    # how the names of matrices end that are stored (in, out)
-    buffers: tuple[str, ...] = ()       # how the names of tensors end that are not parameters: kept as they are
-    by_head: bool = False               # what is stacked takes turns: q, k, v of head 0, q, k, v of head 1, ...
+    by_head: tuple[str, ...] = ()       # of those stacked as q, k, v of head 0, q, k, v of head 1, and so on
+    buffers: tuple[str, ...] = ()       # of tensors that are not parameters: kept as they are
 
     def parts(self, layers: int) -> dict[str, list[str]]:
         """Their name of each tensor that a model of so many layers can have: our parameters stacked in it."""
-        return {f"{theirs.format(i)}.{leaf}": [f"{module.format(i)}.{leaf}" for module in ours]
-                for theirs, ours in self.names.items() for i in range(layers) for leaf in ("weight", "bias")}
+        names = {ours: self.prefix + theirs[self.column] for ours, theirs in NAMES.items() if theirs[self.column]}
+        parts = {}
+        for ours, theirs in {**names, "head": self.head}.items():
+            for i in range(layers if "{}" in ours else 1):
+                for leaf in ("weight", "bias"):
+                    parts.setdefault(f"{theirs.format(i)}.{leaf}", []).append(f"{ours.format(i)}.{leaf}")
+        return parts
 
 
-QKV = ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v")
-GPT2_NAMES = {
-    "transformer.wte": ("embed",),
-    "transformer.wpe": ("position",),
-    "transformer.h.{}.ln_1": ("blocks.{}.norm1",),
-    "transformer.h.{}.attn.c_attn": QKV,
-    "transformer.h.{}.attn.c_proj": ("blocks.{}.attn.out",),
-    "transformer.h.{}.ln_2": ("blocks.{}.norm2",),
-    "transformer.h.{}.mlp.c_fc": ("blocks.{}.mlp.up",),
-    "transformer.h.{}.mlp.c_proj": ("blocks.{}.mlp.down",),
-    "transformer.ln_f": ("norm",),
-    "lm_head": ("head",),
-}
-NEOX_NAMES = {
-    "gpt_neox.embed_in": ("embed",),
-    "gpt_neox.layers.{}.input_layernorm": ("blocks.{}.norm1",),
-    "gpt_neox.layers.{}.attention.query_key_value": QKV,
-    "gpt_neox.layers.{}.attention.dense": ("blocks.{}.attn.out",),
-    "gpt_neox.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
-    "gpt_neox.layers.{}.mlp.dense_h_to_4h": ("blocks.{}.mlp.up",),
-    "gpt_neox.layers.{}.mlp.dense_4h_to_h": ("blocks.{}.mlp.down",),
-    "gpt_neox.final_layer_norm": ("norm",),
-    "embed_out": ("head",),
-}
-LLAMA_NAMES = {
-    "model.embed_tokens": ("embed",),
-    "model.layers.{}.input_layernorm": ("blocks.{}.norm1",),
-    "model.layers.{}.self_attn.q_proj": ("blocks.{}.attn.q",),
-    "model.layers.{}.self_attn.k_proj": ("blocks.{}.attn.k",),
-    "model.layers.{}.self_attn.v_proj": ("blocks.{}.attn.v",),
-    "model.layers.{}.self_attn.q_norm": ("blocks.{}.attn.q_norm",),
-    "model.layers.{}.self_attn.k_norm": ("blocks.{}.attn.k_norm",),
-    "model.layers.{}.self_attn.o_proj": ("blocks.{}.attn.out",),
-    "model.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
-    "model.layers.{}.mlp.gate_proj": ("blocks.{}.mlp.gate",),
-    "model.layers.{}.mlp.up_proj": ("blocks.{}.mlp.up",),
-    "model.layers.{}.mlp.down_proj": ("blocks.{}.mlp.down",),
-    "model.norm": ("norm",),
-    "lm_head": ("head",),
+NAMES = {                               # our module: its name in GPT-2, GPT-NeoX, Llama; those of one name are stacked
+    "embed": ("wte", "embed_in", "embed_tokens"),
+    "position": ("wpe", None, None),
+    "blocks.{}.norm1": ("h.{}.ln_1", "layers.{}.input_layernorm", "layers.{}.input_layernorm"),
+    "blocks.{}.attn.q": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.q_proj"),
+    "blocks.{}.attn.k": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.k_proj"),
+    "blocks.{}.attn.v": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.v_proj"),
+    "blocks.{}.attn.q_norm": (None, None, "layers.{}.self_attn.q_norm"),
+    "blocks.{}.attn.k_norm": (None, None, "layers.{}.self_attn.k_norm"),
+    "blocks.{}.attn.out": ("h.{}.attn.c_proj", "layers.{}.attention.dense", "layers.{}.self_attn.o_proj"),
+    "blocks.{}.norm2": ("h.{}.ln_2", "layers.{}.post_attention_layernorm", "layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp.gate": (None, None, "layers.{}.mlp.gate_proj"),
+    "blocks.{}.mlp.up": ("h.{}.mlp.c_fc", "layers.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up_proj"),
+    "blocks.{}.mlp.down": ("h.{}.mlp.c_proj", "layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
+    "norm": ("ln_f", "final_layer_norm", "norm"),
 }
 FAMILIES = {                            # model_type of config.json
-    "gpt2": Family(gpt2_config, GPT2_NAMES, "transformer.",
-                   transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight"),
-                   buffers=(".attn.bias", ".attn.masked_bias")),
-    "gpt_neox": Family(neox_config, NEOX_NAMES, "gpt_neox.", by_head=True,
+    "gpt2": Family(gpt2_config, 0, "transformer.", buffers=(".attn.bias", ".attn.masked_bias"),
+                   transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight")),
+    "gpt_neox": Family(neox_config, 1, "gpt_neox.", head="embed_out",
+                       by_head=(".query_key_value.weight", ".query_key_value.bias"),
                        buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")),
-    "llama": Family(llama_config, LLAMA_NAMES, buffers=(".rotary_emb.inv_freq",)),
-    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0}), LLAMA_NAMES),
-    "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False), LLAMA_NAMES),
-    "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True), LLAMA_NAMES),
+    "llama": Family(llama_config, buffers=(".rotary_emb.inv_freq",)),
+    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0})),
+    "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False)),
+    "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True)),
 }
 ONLY = {                                # settings of config.json of which only this value is supported
     "every": {"quantization_config": None, "num_experts": None, "num_local_experts": None, "is_encoder_decoder": False,
@@ -639,7 +621,7 @@ class Transformer(nn.Module):
             check(tensor.shape == shape,
                   f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for {shape}")
             tensor = tensor.t() if transposed else tensor
-            if origin.family.by_head and len(ours) > 1:
+            if name.endswith(origin.family.by_head):
                 tensor = take_turns(tensor, config.heads, len(ours))
             for p, part in zip(ours, tensor.split(sizes)):
                 part = part.to(device, dtype if part.dim() > 1 else torch.float32)
@@ -663,7 +645,7 @@ class Transformer(nn.Module):
             return origin.buffers[name]
         ours = origin.parts[name]
         tensor = torch.cat([self.merged_weight(p) for p in ours])
-        if origin.family.by_head and len(ours) > 1:
+        if name.endswith(origin.family.by_head):
             tensor = take_turns(tensor, len(ours), self.config.heads)
         tensor = tensor.t() if name.endswith(origin.family.transposed) else tensor
         return tensor.to(origin.tensors[name][1], copy=True).contiguous()
@@ -789,11 +771,11 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
         parts = [modules.get(each.removesuffix(".weight")) for each in ours]
         updates = [part for part in parts if isinstance(part, LowRank)]
         if updates:
-            name = name.removesuffix(".weight")
             b = torch.block_diag(*(part.B if part in updates else part.weight.new_zeros(part.out_features, 0)
                                    for part in parts))
-            if family.by_head and len(parts) > 1:
+            if name.endswith(family.by_head):
                 b = take_turns(b, len(parts), model.config.heads)
+            name = name.removesuffix(".weight")
             tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
             leaf = name.split(".", 3)[3]                             # model.layers.0.mlp.up_proj -> mlp.up_proj
