@@ -217,10 +217,9 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
     (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no row of scores is empty.
     A GPU takes a row whole.  A CPU takes it by groups, short ones together, long ones TILE queries at a time:
     it computes no attention between neighbours, nor to what is yet to come."""
-    total, cuts, size, unit = segments.size(1), [0], new, 8
+    total, cuts, size = segments.size(1), [0], new
     if segments.device.type == "cpu":
-        size, unit = TILE, 1                                         # (8: a GPU would copy masks of other widths)
-        group = segments // BRANCHES
+        size, group = TILE, segments // BRANCHES
         for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
             if edge - cuts[-1] >= TILE // 4:
                 cuts.append(edge)
@@ -231,7 +230,7 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
             if window:
                 seen &= positions[:, at:end, None] < positions[:, None, start:end] + window
-            width = -(-(end - start) // unit) * unit                 # rounded up
+            width = -(-(end - start) // 8) * 8                       # rounded up: a GPU copies masks of other widths
             mask = torch.zeros(*seen.shape[:2], width, dtype=dtype, device=seen.device)[..., :end - start]
             tiles.append((end - at, slice(start, end), mask.masked_fill_(~seen, -torch.inf)[:, None]))
     return tiles
@@ -245,9 +244,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gq
     if tiles is None:                                                # one new token sees all that is cached
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=enable_gqa)
     counts, spans, masks = zip(*tiles)
-    starts, stops = [span.start for span in spans], [span.stop for span in spans]
-    if [0, *stops] == [*starts, k.size(2)]:                          # side by side: splits have the cheaper backward
-        lengths = [stop - start for start, stop in zip(starts, stops)]
+    lengths = [mask.size(-1) for mask in masks]
+    if sum(lengths) == k.size(2):                                    # side by side: splits have the cheaper backward
         keys, values = k.split(lengths, 2), v.split(lengths, 2)
     else:
         keys, values = [k[:, :, span] for span in spans], [v[:, :, span] for span in spans]
@@ -294,16 +292,13 @@ class Cache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, KV, T, D) of new tokens -> (B, KV, S, D) of all."""
-        end = self.used + k.size(2)
-        if self.k is None or end > self.k.size(2):
-            wider = [x.new_empty(*x.shape[:2], 2 * end, x.size(3)) for x in (k, v)]
-            for new, old in zip(wider, (self.k, self.v) if self.used else ()):
-                new[:, :, :self.used] = old[:, :, :self.used]
-            self.k, self.v = wider
-        self.k[:, :, self.used:end] = k
-        self.v[:, :, self.used:end] = v
-        self.used = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        start, self.used = self.used, self.used + k.size(2)
+        if start == 0 or self.used > self.k.size(2):
+            past = (self.k, self.v) if start else (k, v)
+            self.k, self.v = (F.pad(x, (0, 0, 0, 2 * self.used - x.size(2))) for x in past)
+        self.k[:, :, start:self.used] = k
+        self.v[:, :, start:self.used] = v
+        return self.k[:, :, :self.used], self.v[:, :, :self.used]
 
     def keep(self, rows: Tensor) -> None:
         self.k, self.v = self.k[rows], self.v[rows]
@@ -878,26 +873,26 @@ def read_json(path: Path) -> dict:
 
 def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
     """What is in a Hugging Face folder; the tensors come one by one."""
-    hint = "a model is a folder with config.json, *.safetensors and tokenizer.json"
     adapter = any((place / "adapter_config.json").exists() for place in (folder, folder / "adapter"))
     whole = any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
     check(whole or not adapter, f"{folder}: an adapter alone is not a model: give one that it is merged into (train.py "
                                 "--merge writes it)")
     found = "no config.json there" if folder.is_dir() else "no such folder"
-    check((folder / "config.json").is_file(), f"{folder}: {found}; {hint}")
+    check((folder / "config.json").is_file(),
+          f"{folder}: {found}; a model is a folder with config.json, *.safetensors and tokenizer.json")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     home = folder.resolve()
     if home.parent.name == "snapshots":                              # links in the hub's cache
         home = home.parents[1]
-    there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files, there = {}, {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     for name, path in there.items():
         check(path.suffix not in (*FILES, ".safetensors") or path.resolve().is_relative_to(home),
               f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
         if name in ("generation_config.json", "model.safetensors.index.json"):
             read_json(path)
+        if path.suffix in FILES and path.stat().st_size <= LONGEST:
+            files[name] = path.read_bytes()
     names = weight_files(folder, there)
-    files = {name: path.read_bytes() for name, path in there.items()
-             if path.suffix in FILES and path.stat().st_size <= LONGEST}
     bytes_there = sum(there[name].stat().st_size for name in names)
     tables = config.vocab_size + (config.positions if config.rope is None else 0)
     weights = config.dim * (tables + 2 * config.layers * (config.heads * config.head_dim + config.hidden))
