@@ -1,15 +1,15 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
     1. Configuration    config.json of each family -> one Config
-    2. Families         how each family names its weights: tables that loading and saving both read
+    2. Families         how each family names its weights: a table that loading and saving both read
     3. The transformer  attention over packed rows, the head in slices, the model, sampling
     4. LoRA             a small trained update beside frozen weights
     5. Folders          reading and checking what a stranger wrote
     6. Command line
 
-A new family is a row of FAMILIES, an unsupported setting of config.json a row of ONLY.  Training makes one
-call, model(tokens, positions, segments, source, target): it returns the log-probabilities of the response tokens
-alone, and never holds the logits of a whole batch.
+A new family is a row of FAMILIES (and a column of NAMES, if it has its own), an unsupported setting of config.json
+a row of ONLY.  Training makes one call, model(tokens, positions, segments, source, target): it returns the
+log-probabilities of the response tokens alone, and never holds the logits of a whole batch.
 
     python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
@@ -245,7 +245,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gq
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=enable_gqa)
     counts, spans, masks = zip(*tiles)
     lengths = [mask.size(-1) for mask in masks]
-    if sum(lengths) == k.size(2):                                    # side by side: splits have the cheaper backward
+    if spans[0].start == 0 and sum(lengths) == k.size(2):            # side by side: splits have the cheaper backward
         keys, values = k.split(lengths, 2), v.split(lengths, 2)
     else:
         keys, values = [k[:, :, span] for span in spans], [v[:, :, span] for span in spans]
