@@ -1,15 +1,15 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
     1. Configuration    config.json of each family -> one Config
-    2. Families         how each family names its weights: tables that loading and saving both read
+    2. Families         how each family names its weights: a table that loading and saving both read
     3. The transformer  attention over packed rows, the head in slices, the model, sampling
     4. LoRA             a small trained update beside frozen weights
     5. Folders          reading and checking what a stranger wrote
     6. Command line
 
-A new family is a row of FAMILIES, an unsupported setting of config.json a row of ONLY.  Training makes one
-call, model(tokens, positions, segments, source, target): it returns the log-probabilities of the response tokens
-alone, and never holds the logits of a whole batch.
+A new family is a row of FAMILIES (and a column of NAMES, if it has its own), an unsupported setting of config.json
+a row of ONLY.  Training makes one call, model(tokens, positions, segments, source, target): it returns the
+log-probabilities of the response tokens alone, and never holds the logits of a whole batch.
 
     python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
@@ -136,68 +136,50 @@ ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope
 
 class Family(NamedTuple):
     config: Callable[[dict], Config]
-    names: dict[str, tuple[str, ...]]   # their module: our modules, whose weights (and biases) stacked are theirs
-    prefix: str = ""                    # of names; old files leave it out
+    column: int = 2                     # of NAMES: Llama's, as that of most families
+    prefix: str = "model."              # of those names; old files leave it out
+    head: str = "lm_head"               # the head's name
     transposed: tuple[str, ...] = ()    # how the names of matrices end that are stored (in, out)
-    buffers: tuple[str, ...] = ()       # how the names of tensors end that are not parameters: kept as they are
-    by_head: bool = False               # what is stacked takes turns: q, k, v of head 0, q, k, v of head 1, ...
+    by_head: tuple[str, ...] = ()       # of those stacked as q, k, v of head 0, q, k, v of head 1, and so on
+    buffers: tuple[str, ...] = ()       # of tensors that are not parameters: kept as they are
 
     def parts(self, layers: int) -> dict[str, list[str]]:
         """Their name of each tensor that a model of so many layers can have: our parameters stacked in it."""
-        return {f"{theirs.format(i)}.{leaf}": [f"{module.format(i)}.{leaf}" for module in ours]
-                for theirs, ours in self.names.items() for i in range(layers) for leaf in ("weight", "bias")}
+        names = {ours: self.prefix + theirs[self.column] for ours, theirs in NAMES.items() if theirs[self.column]}
+        parts = {}
+        for ours, theirs in {**names, "head": self.head}.items():
+            for i in range(layers if "{}" in ours else 1):
+                for leaf in ("weight", "bias"):
+                    parts.setdefault(f"{theirs.format(i)}.{leaf}", []).append(f"{ours.format(i)}.{leaf}")
+        return parts
 
 
-QKV = ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v")
-GPT2_NAMES = {
-    "transformer.wte": ("embed",),
-    "transformer.wpe": ("position",),
-    "transformer.h.{}.ln_1": ("blocks.{}.norm1",),
-    "transformer.h.{}.attn.c_attn": QKV,
-    "transformer.h.{}.attn.c_proj": ("blocks.{}.attn.out",),
-    "transformer.h.{}.ln_2": ("blocks.{}.norm2",),
-    "transformer.h.{}.mlp.c_fc": ("blocks.{}.mlp.up",),
-    "transformer.h.{}.mlp.c_proj": ("blocks.{}.mlp.down",),
-    "transformer.ln_f": ("norm",),
-    "lm_head": ("head",),
-}
-NEOX_NAMES = {
-    "gpt_neox.embed_in": ("embed",),
-    "gpt_neox.layers.{}.input_layernorm": ("blocks.{}.norm1",),
-    "gpt_neox.layers.{}.attention.query_key_value": QKV,
-    "gpt_neox.layers.{}.attention.dense": ("blocks.{}.attn.out",),
-    "gpt_neox.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
-    "gpt_neox.layers.{}.mlp.dense_h_to_4h": ("blocks.{}.mlp.up",),
-    "gpt_neox.layers.{}.mlp.dense_4h_to_h": ("blocks.{}.mlp.down",),
-    "gpt_neox.final_layer_norm": ("norm",),
-    "embed_out": ("head",),
-}
-LLAMA_NAMES = {
-    "model.embed_tokens": ("embed",),
-    "model.layers.{}.input_layernorm": ("blocks.{}.norm1",),
-    "model.layers.{}.self_attn.q_proj": ("blocks.{}.attn.q",),
-    "model.layers.{}.self_attn.k_proj": ("blocks.{}.attn.k",),
-    "model.layers.{}.self_attn.v_proj": ("blocks.{}.attn.v",),
-    "model.layers.{}.self_attn.q_norm": ("blocks.{}.attn.q_norm",),
-    "model.layers.{}.self_attn.k_norm": ("blocks.{}.attn.k_norm",),
-    "model.layers.{}.self_attn.o_proj": ("blocks.{}.attn.out",),
-    "model.layers.{}.post_attention_layernorm": ("blocks.{}.norm2",),
-    "model.layers.{}.mlp.gate_proj": ("blocks.{}.mlp.gate",),
-    "model.layers.{}.mlp.up_proj": ("blocks.{}.mlp.up",),
-    "model.layers.{}.mlp.down_proj": ("blocks.{}.mlp.down",),
-    "model.norm": ("norm",),
-    "lm_head": ("head",),
+NAMES = {                               # our module: its name in GPT-2, GPT-NeoX, Llama; those of one name are stacked
+    "embed": ("wte", "embed_in", "embed_tokens"),
+    "position": ("wpe", None, None),
+    "blocks.{}.norm1": ("h.{}.ln_1", "layers.{}.input_layernorm", "layers.{}.input_layernorm"),
+    "blocks.{}.attn.q": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.q_proj"),
+    "blocks.{}.attn.k": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.k_proj"),
+    "blocks.{}.attn.v": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.v_proj"),
+    "blocks.{}.attn.q_norm": (None, None, "layers.{}.self_attn.q_norm"),
+    "blocks.{}.attn.k_norm": (None, None, "layers.{}.self_attn.k_norm"),
+    "blocks.{}.attn.out": ("h.{}.attn.c_proj", "layers.{}.attention.dense", "layers.{}.self_attn.o_proj"),
+    "blocks.{}.norm2": ("h.{}.ln_2", "layers.{}.post_attention_layernorm", "layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp.gate": (None, None, "layers.{}.mlp.gate_proj"),
+    "blocks.{}.mlp.up": ("h.{}.mlp.c_fc", "layers.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up_proj"),
+    "blocks.{}.mlp.down": ("h.{}.mlp.c_proj", "layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
+    "norm": ("ln_f", "final_layer_norm", "norm"),
 }
 FAMILIES = {                            # model_type of config.json
-    "gpt2": Family(gpt2_config, GPT2_NAMES, "transformer.",
-                   transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight"),
-                   buffers=(".attn.bias", ".attn.masked_bias")),
-    "gpt_neox": Family(neox_config, NEOX_NAMES, "gpt_neox.", by_head=True,
+    "gpt2": Family(gpt2_config, 0, "transformer.", buffers=(".attn.bias", ".attn.masked_bias"),
+                   transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight")),
+    "gpt_neox": Family(neox_config, 1, "gpt_neox.", head="embed_out",
+                       by_head=(".query_key_value.weight", ".query_key_value.bias"),
                        buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")),
-    "llama": Family(llama_config, LLAMA_NAMES, buffers=(".rotary_emb.inv_freq",)),
-    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0}), LLAMA_NAMES),
-    "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False), LLAMA_NAMES),
-    "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True), LLAMA_NAMES),
+    "llama": Family(llama_config, buffers=(".rotary_emb.inv_freq",)),
+    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0})),
+    "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False)),
+    "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True)),
 }
 ONLY = {                                # settings of config.json of which only this value is supported
     "every": {"quantization_config": None, "num_experts": None, "num_local_experts": None, "is_encoder_decoder": False,
@@ -235,10 +217,9 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
     (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no row of scores is empty.
     A GPU takes a row whole.  A CPU takes it by groups, short ones together, long ones TILE queries at a time:
     it computes no attention between neighbours, nor to what is yet to come."""
-    total, cuts, size, unit = segments.size(1), [0], new, 8
+    total, cuts, size = segments.size(1), [0], new
     if segments.device.type == "cpu":
-        size, unit = TILE, 1                                         # (8: a GPU would copy masks of other widths)
-        group = segments // BRANCHES
+        size, group = TILE, segments // BRANCHES
         for edge in (1 + (group[:, 1:] != group[:, :-1]).all(0).nonzero()[:, 0]).tolist():
             if edge - cuts[-1] >= TILE // 4:
                 cuts.append(edge)
@@ -249,7 +230,7 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
             if window:
                 seen &= positions[:, at:end, None] < positions[:, None, start:end] + window
-            width = -(-(end - start) // unit) * unit                 # rounded up
+            width = -(-(end - start) // 8) * 8                       # rounded up: a GPU copies masks of other widths
             mask = torch.zeros(*seen.shape[:2], width, dtype=dtype, device=seen.device)[..., :end - start]
             tiles.append((end - at, slice(start, end), mask.masked_fill_(~seen, -torch.inf)[:, None]))
     return tiles
@@ -263,9 +244,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gq
     if tiles is None:                                                # one new token sees all that is cached
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=enable_gqa)
     counts, spans, masks = zip(*tiles)
-    starts, stops = [span.start for span in spans], [span.stop for span in spans]
-    if [0, *stops] == [*starts, k.size(2)]:                          # side by side: splits have the cheaper backward
-        lengths = [stop - start for start, stop in zip(starts, stops)]
+    lengths = [mask.size(-1) for mask in masks]
+    if spans[0].start == 0 and sum(lengths) == k.size(2):            # side by side: splits have the cheaper backward
         keys, values = k.split(lengths, 2), v.split(lengths, 2)
     else:
         keys, values = [k[:, :, span] for span in spans], [v[:, :, span] for span in spans]
@@ -312,16 +292,13 @@ class Cache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, KV, T, D) of new tokens -> (B, KV, S, D) of all."""
-        end = self.used + k.size(2)
-        if self.k is None or end > self.k.size(2):
-            wider = [x.new_empty(*x.shape[:2], 2 * end, x.size(3)) for x in (k, v)]
-            for new, old in zip(wider, (self.k, self.v) if self.used else ()):
-                new[:, :, :self.used] = old[:, :, :self.used]
-            self.k, self.v = wider
-        self.k[:, :, self.used:end] = k
-        self.v[:, :, self.used:end] = v
-        self.used = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        start, self.used = self.used, self.used + k.size(2)
+        if start == 0 or self.used > self.k.size(2):
+            past = (self.k, self.v) if start else (k, v)
+            self.k, self.v = (F.pad(x, (0, 0, 0, 2 * self.used - x.size(2))) for x in past)
+        self.k[:, :, start:self.used] = k
+        self.v[:, :, start:self.used] = v
+        return self.k[:, :, :self.used], self.v[:, :, :self.used]
 
     def keep(self, rows: Tensor) -> None:
         self.k, self.v = self.k[rows], self.v[rows]
@@ -639,7 +616,7 @@ class Transformer(nn.Module):
             check(tensor.shape == shape,
                   f"{folder}: tensor {name!r} has the shape {tuple(tensor.shape)}, config.json asks for {shape}")
             tensor = tensor.t() if transposed else tensor
-            if origin.family.by_head and len(ours) > 1:
+            if name.endswith(origin.family.by_head):
                 tensor = take_turns(tensor, config.heads, len(ours))
             for p, part in zip(ours, tensor.split(sizes)):
                 part = part.to(device, dtype if part.dim() > 1 else torch.float32)
@@ -663,7 +640,7 @@ class Transformer(nn.Module):
             return origin.buffers[name]
         ours = origin.parts[name]
         tensor = torch.cat([self.merged_weight(p) for p in ours])
-        if origin.family.by_head and len(ours) > 1:
+        if name.endswith(origin.family.by_head):
             tensor = take_turns(tensor, len(ours), self.config.heads)
         tensor = tensor.t() if name.endswith(origin.family.transposed) else tensor
         return tensor.to(origin.tensors[name][1], copy=True).contiguous()
@@ -795,11 +772,11 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
         parts = [modules.get(each.removesuffix(".weight")) for each in ours]
         updates = [part for part in parts if isinstance(part, LowRank)]
         if updates:
-            name = name.removesuffix(".weight")
             b = torch.block_diag(*(part.B if part in updates else part.weight.new_zeros(part.out_features, 0)
                                    for part in parts))
-            if family.by_head and len(parts) > 1:
+            if name.endswith(family.by_head):
                 b = take_turns(b, len(parts), model.config.heads)
+            name = name.removesuffix(".weight")
             tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
             leaf = name.split(".", 3)[3]                             # model.layers.0.mlp.up_proj -> mlp.up_proj
@@ -902,26 +879,26 @@ def read_json(path: Path) -> dict:
 
 def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
     """What is in a Hugging Face folder; the tensors come one by one."""
-    hint = "a model is a folder with config.json, *.safetensors and tokenizer.json"
     adapter = any((place / "adapter_config.json").exists() for place in (folder, folder / "adapter"))
     whole = any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
     check(whole or not adapter, f"{folder}: an adapter alone is not a model: give one that it is merged into (train.py "
                                 "--merge writes it)")
     found = "no config.json there" if folder.is_dir() else "no such folder"
-    check((folder / "config.json").is_file(), f"{folder}: {found}; {hint}")
+    check((folder / "config.json").is_file(),
+          f"{folder}: {found}; a model is a folder with config.json, *.safetensors and tokenizer.json")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     home = folder.resolve()
     if home.parent.name == "snapshots":                              # links in the hub's cache
         home = home.parents[1]
-    there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files, there = {}, {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     for name, path in there.items():
         check(path.suffix not in (*FILES, ".safetensors") or path.resolve().is_relative_to(home),
               f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
         if name in ("generation_config.json", "model.safetensors.index.json"):
             read_json(path)
+        if path.suffix in FILES and path.stat().st_size <= LONGEST:
+            files[name] = path.read_bytes()
     names = weight_files(folder, there)
-    files = {name: path.read_bytes() for name, path in there.items()
-             if path.suffix in FILES and path.stat().st_size <= LONGEST}
     bytes_there = sum(there[name].stat().st_size for name in names)
     tables = config.vocab_size + (config.positions if config.rope is None else 0)
     weights = config.dim * (tables + 2 * config.layers * (config.heads * config.head_dim + config.hidden))

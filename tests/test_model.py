@@ -85,7 +85,8 @@ def test_a_made_model_loads_in_transformers(tmp_path):
     ("gpt2", "transformer.", {"h.0.attn.bias": torch.ones(1, 1, 4, 4).tril().bool()}),
     ("neox", "gpt_neox.", {"layers.1.attention.bias": torch.ones(1, 1, 4, 4).tril().bool(),
                            "layers.1.attention.masked_bias": torch.tensor(-1e9),
-                           "layers.1.attention.rotary_emb.inv_freq": torch.ones(3)})])
+                           "layers.1.attention.rotary_emb.inv_freq": torch.ones(3)}),
+    ("llama-tied", "model.", {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})])
 def test_buffers_of_old_checkpoints_are_kept(make_model, tmp_path, name, prefix, buffers):
     from safetensors.torch import load_file, save_file
     shutil.copytree(make_model(name), tmp_path / "old")
