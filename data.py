@@ -1018,8 +1018,7 @@ class Split:
             logp.append(self.ref_tokens[i])
             masks += TOKEN_MASKS[kind](self.pairs[i], [self.schedule.seed, step, i])
         device = self.ref_logp.device
-        mask = to_device(np.concatenate(masks), device, torch.bool)
-        return to_device(np.concatenate(logp), device, torch.float32), mask
+        return to_device(np.concatenate(logp), device, None), to_device(np.concatenate(masks), device, None)
 
 
 class PackedRow(NamedTuple):
@@ -1076,8 +1075,9 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
                 to_device([[len(ids) for ids in responses] for _, *responses in groups], device))
 
 
-def to_device(values, device: str | torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers as a tensor on the device; the program goes on while a GPU fetches them, from pinned memory."""
+def to_device(values, device: str | torch.device, dtype: torch.dtype | None = torch.int64) -> Tensor:
+    """Numbers as a tensor of this type (None: their own) on the device; the program goes on while a GPU fetches them,
+    from pinned memory."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
