@@ -1252,13 +1252,13 @@ def refuse_changes(where: Path, former: dict, record: dict) -> None:
 CURVES = {          # panel of curves.png: its curves, keys of metrics.jsonl or of what held_out_curves makes
     "loss": ("loss", "loss, held out"), "accuracy": ("accuracy", "accuracy, held out"),
     "rewards": ("margin", "margin, held out", "chosen_reward", "rejected_reward"),
-    "accuracy by quarter, held out": ("least agreement", "second", "third", "most agreement"),
+    "held out, by quarter": ("least agreement", "second", "third", "most agreement"),
 }
 
 
 def draw_curves(out: Path) -> None:
     """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
-    quarters, rows = CURVES["accuracy by quarter, held out"], []
+    quarters, rows = CURVES["held out, by quarter"], []
     entries = read_jsonl(out / "metrics.jsonl")
     for entry in read_jsonl(out / "evaluations.jsonl"):
         entries.append({f"{name}, held out": entry[name] for name in ("loss", "accuracy", "margin")}
