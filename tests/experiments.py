@@ -50,8 +50,7 @@ METHODS = {
 }
 DIALOGUE = list(METHODS)[:6]
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
-PICTURES = {"sentiment": ("dpo", "ipo", "theta", "phi", "phi, true"),
-            "sentiment-votes": ("dpo", "dpo, majority", "phi, votes", "phi, majority and votes")}
+DRAWN = ("dpo", "phi", "phi, true", "dpo, majority", "phi, votes")
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # the learning rate is chosen among these, by dpo alone, on other pairs
 
 
@@ -562,10 +561,9 @@ def report_sentiment(args: argparse.Namespace) -> None:
                 error = math.sqrt(sum(se ** 2 for _, se in both)) / len(both)
                 print(f"at KL {kl}, {method}: score minus dpo's {np.mean([change for change, _ in both]):+.3f} +- "
                       f"{error:.3f} (of the samples; {len(both)} seeds)")
-    for name, lines in PICTURES.items():
-        draw(sorted(means, key=lambda row: row["kl"]),
-             Panel("kl", "score", "method", "KL from the reference (nats)", "mean sentiment", lines=lines),
-             args.out / f"{name}.png")
+    draw(sorted(means, key=lambda row: row["kl"]),
+         Panel("kl", "score", "method", "KL from the reference (nats)", "mean sentiment", lines=DRAWN),
+         args.out / "sentiment.png")
 
 
 def compare_at(runs: list[dict], method: str, kl: float, seed: int) -> tuple[float, float] | None:
