@@ -33,8 +33,9 @@ from data import Pair, Tokenizer, collate, find_model, load_pairs, read_lines  #
 from mallowspo import dispersion_index  # noqa: E402
 from model import BRANCHES, Transformer  # noqa: E402
 
-# The rows of each comparison: settings of train.Config.  The last five know more than one annotator's word, and are
-# for sentiment alone; "labels" is the file of pairs, in which one annotator or the majority of three decides.
+# The rows of each comparison: settings of train.Config.  Those from "phi, votes" on know more than one annotator's
+# word, and are for sentiment alone; "labels" is the file of pairs: one annotator decides, or the majority of three, or
+# only pairs on which all three agree are left.
 METHODS = {
     "dpo": {"loss": "dpo"},
     "ipo": {"loss": "ipo"},
@@ -45,13 +46,14 @@ METHODS = {
     "phi, votes": {"loss": "mallows-phi", "dispersion": "votes"},
     "phi, true": {"loss": "mallows-phi", "dispersion": "field"},
     "dpo, majority": {"loss": "dpo", "labels": "majority"},
+    "dpo, unanimous": {"loss": "dpo", "labels": "unanimous"},
     "phi, majority": {"loss": "mallows-phi", "labels": "majority"},
     "phi, majority and votes": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority"},
 }
 DIALOGUE = list(METHODS)[:6]
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
 DRAWN = ("dpo", "phi", "phi, true", "dpo, majority", "phi, votes")
-RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # the learning rate is chosen among these, by dpo alone, on other pairs
+RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # one is chosen by dpo alone, for all methods, not on what is reported
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,35 +252,39 @@ def by_majority(record: dict) -> dict:
     return {**record, "chosen": record["rejected"], "rejected": record["chosen"], "votes": record["votes"][::-1]}
 
 
+def write_pairs(task: Task, training: list[tuple[int, str]], tokens: int, copies: int) -> None:
+    """The files of pairs: of each seed as one annotator, the majority, and all three see them; and those to tune on."""
+    made = task.folder / "continuations.jsonl"
+    if not made.exists():
+        prompts, end = [task.tokenizer.prompt(text) for _, text in training], task.tokenizer.eos
+        texts = [[task.tokenizer.text(ids) for ids in sample(task.reference, prompts, tokens, end, seed)]
+                 for seed in range(copies)]
+        items = []
+        for (kind, text), *answers in zip(training, *texts):
+            answers = [answer for answer in answers if answer.strip()]
+            items.append({"kind": kind, "prompt": text, "texts": answers, "scores": compound(answers).tolist()})
+        train.write_jsonl(made, items)
+    items = read_rows(made)
+    for seed in range(task.args.seeds):
+        records = judged_pairs(items, seed + 1)
+        train.write_jsonl(task.folder / f"pairs{seed}.jsonl", records)
+        train.write_jsonl(task.folder / f"majority{seed}.jsonl", map(by_majority, records))
+        unanimous = [record for record in records if record["votes"] == [3, 0]]
+        train.write_jsonl(task.folder / f"unanimous{seed}.jsonl", unanimous)
+    records, asked = judged_pairs(items, 0), {item["prompt"] for item in items[::5]}     # with judges of their own
+    train.write_jsonl(task.folder / "tune-train.jsonl", (each for each in records if each["prompt"] not in asked))
+    train.write_jsonl(task.folder / "tune-held-out.jsonl", (each for each in records if each["prompt"] in asked))
+
+
 def sentiment(args: argparse.Namespace) -> None:
     task = Task(args, "sentiment")
     tokens, copies, end = (4, 4, task.tokenizer.eos) if args.quick else (32, 16, task.tokenizer.eos)
     training, held_out = openings()
     if args.quick:
         training, held_out = training[::20], held_out[::10]
-    made = task.folder / "continuations.jsonl"
     with train.lock_folder(task.folder / "lock"):
-        if not made.exists():
-            prompts = [task.tokenizer.prompt(text) for _, text in training]
-            texts = [[task.tokenizer.text(ids) for ids in sample(task.reference, prompts, tokens, end, seed)]
-                     for seed in range(copies)]
-            items = []
-            for (kind, text), *answers in zip(training, *texts):
-                answers = [answer for answer in answers if answer.strip()]
-                items.append({"kind": kind, "prompt": text, "texts": answers, "scores": compound(answers).tolist()})
-            train.write_jsonl(made, items)
-        items = read_rows(made)
-        for seed in range(-1, args.seeds):
-            path = task.folder / f"pairs{seed}.jsonl"
-            if not path.exists():
-                train.write_jsonl(path, judged_pairs(items, seed + 1))
-            train.write_jsonl(task.folder / f"majority{seed}.jsonl", map(by_majority, read_rows(path)))
-        tune, other = (task.folder / f"tune-{name}.jsonl" for name in ("train", "held-out"))
-        records = read_rows(task.folder / "pairs-1.jsonl")         # a fifth of the openings, with judges of their own
-        asked = {item["prompt"] for item in items[::5]}
-        train.write_jsonl(tune, [record for record in records if record["prompt"] not in asked])
-        train.write_jsonl(other, [record for record in records if record["prompt"] in asked])
-    rate = task.learning_rate(tune, other, beta=0.1)
+        write_pairs(task, training, tokens, copies)
+    rate = task.learning_rate(task.folder / "tune-train.jsonl", task.folder / "tune-held-out.jsonl", beta=0.1)
     prompts = [task.tokenizer.prompt(text) for _, text in held_out]
     for job in jobs(args, args.methods or METHODS, args.betas or BETAS):
         if any(job.items() <= row.items() for row in task.rows()):
@@ -343,7 +349,7 @@ def split_records(task: Task) -> None:
 
 
 def pandalm(path: str, count: int | None) -> list[dict]:
-    """Pairs with a majority among three people, in the form of the dialogues."""
+    """Pairs for one of whose answers more of the three people voted, in the form of the dialogues."""
     records = []
     for _, line in read_lines(path):
         item = json.loads(line)
