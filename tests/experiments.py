@@ -52,7 +52,7 @@ METHODS = {
 }
 DIALOGUE = list(METHODS)[:6]
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
-DRAWN = ("dpo", "phi", "phi, true", "dpo, majority", "phi, votes")
+DRAWN = ("dpo", "phi", "phi, true", "phi, votes", "dpo, unanimous")
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # one is chosen by dpo alone, for all methods, not on what is reported
 
 
