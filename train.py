@@ -181,7 +181,7 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
-    saved = time.perf_counter()
+    began = saved = time.perf_counter()
     try:
         turns = sorted({first[digest] // world.size for digest in missing})               # of all ranks, at once
         for turn in progress(world, "reference", turns, len(turns)):
@@ -203,6 +203,7 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
         write_reference(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
+        world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
         known = read_reference(path, key)
     if not first.keys() <= known.keys():
         raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
@@ -310,8 +311,11 @@ def verdict(split: Split, state: dict) -> dict | None:
         if found.kappa < 0:
             meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
     right, power = " ".join(f"{x:.3f}" for x in quarters if x is not None), state["run"]["dispersion_power"]
+    used = f"at the end its power was {power:.2f}"
+    if power == 0:
+        used = "it was not in use at the end: all weights were 1"
     meaning += (f": trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by quartile of the "
-                f"index, least agreement first, {right}; at the end its power was {power:.2f}")
+                f"index, least agreement first, {right}; {used}")
     return {**found._asdict(), "pairs": len(agrees), "accuracy_by_quartile": quarters, "meaning": meaning}
 
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from bandit import Panel, Population, at_kl, draw  # noqa: E402
-from data import Pair, Tokenizer, collate, find_model, load_pairs, read_lines  # noqa: E402
+from data import BadData, Pair, Tokenizer, collate, find_model, load_pairs, read_lines  # noqa: E402
 from mallowspo import dispersion_index  # noqa: E402
-from model import BRANCHES, Transformer  # noqa: E402
+from model import BRANCHES, BadModel, Transformer  # noqa: E402
 
 # The rows of each comparison: settings of train.Config.  Those from "phi, votes" on know more than one annotator's
 # word, and are for sentiment alone; "labels" is the file of pairs: one annotator decides, or the majority of three, or
@@ -335,7 +335,7 @@ def split_records(task: Task) -> None:
     for where, record in enumerate(records):                      # one at a time, to know which are usable
         path = task.folder / "one.jsonl"
         train.write_jsonl(path, [record])
-        with contextlib.suppress(train.BadData):
+        with contextlib.suppress(BadData):
             found += task.pairs(path)
             kept.append(where)
     order = sorted(range(len(kept)), key=lambda i: len(found[i].prompt), reverse=True)
@@ -530,6 +530,8 @@ def mean_se(values) -> str:
 
 def report(args: argparse.Namespace) -> None:
     """Print what the rows say, and draw the frontier."""
+    if not any(read_rows(args.out / f"{name}.jsonl") for name in EXPERIMENTS):
+        print(f"{args.out}: no rows there yet; run sentiment, dialogue and index first")
     report_sentiment(args)
     report_dialogue(args)
     rows = read_rows(args.out / "index.jsonl")
@@ -653,8 +655,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--model is missing: a Hugging Face folder or name (or --quick)")
     if args.experiment == "dialogue" and not (args.data and args.votes):
         parser.error("--data and --votes are missing: see above")
-    args.out.mkdir(parents=True, exist_ok=True)
-    EXPERIMENTS[args.experiment](args)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        EXPERIMENTS[args.experiment](args)
+    except (BadData, BadModel, train.BadConfig, train.RunFailed, OSError) as error:
+        parser.exit(2, f"experiments.py: error: {error}\n")
 
 
 if __name__ == "__main__":

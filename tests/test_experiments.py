@@ -61,7 +61,9 @@ def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
 
 def test_errors_are_plain(capsys, tmp_path):
     for arguments, word in ((["sentiment"], "--model"), (["dialogue", "--quick"], "--data"),
-                            (["index", "--part", "3/2", "--quick"], "--part")):
+                            (["index", "--part", "3/2", "--quick"], "--part"),
+                            (["index", "--model", str(tmp_path / "no")], "no tokenizer.json"),
+                            (["dialogue", "--quick", "--data", "no.jsonl", "--votes", "no.jsonl"], "no.jsonl")):
         with pytest.raises(SystemExit) as left:
             experiments.main([*arguments, "--out", str(tmp_path)])
         assert left.value.code == 2 and word in capsys.readouterr().err
