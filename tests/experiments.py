@@ -49,8 +49,11 @@ METHODS = {
     "dpo, unanimous": {"loss": "dpo", "labels": "unanimous"},
     "phi, majority": {"loss": "mallows-phi", "labels": "majority"},
     "phi, majority and votes": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority"},
+    "the same, learned": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority",
+                          "dispersion_power": "learn"},
+    "the same, power 3": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority", "dispersion_power": 3.0},
 }
-DIALOGUE = list(METHODS)[:6]
+DIALOGUE = ("dpo", "ipo", "theta", "phi", "phi, learned")
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
 DRAWN = ("dpo", "phi", "phi, true", "phi, votes", "dpo, unanimous")
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # one is chosen by dpo alone, for all methods, not on what is reported
@@ -131,8 +134,8 @@ def make_tiny(folder: Path) -> Path:
 def score(model: Transformer, pairs: list[Pair]) -> list[train.Scores]:
     """Log-probability of each token of both responses, and the entropy there."""
     found = []
-    for start in range(0, len(pairs), 8):
-        some = pairs[start:start + 8]
+    for start in range(0, len(pairs), 32):
+        some = pairs[start:start + 32]
         row = collate([pair[:3] for pair in some], BRANCHES, model.embed.weight.device)
         scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()                      # (2, N)
         ends = np.cumsum([len(pair.chosen) + len(pair.rejected) for pair in some])[:-1]
@@ -547,28 +550,29 @@ def report_sentiment(args: argparse.Namespace) -> None:
     runs, means = [row for row in rows if "beta" in row], []
     if not runs:
         return
-    print("sentiment: mean score of continuations of held-out openings, against KL; errors of one run's samples\n"
-          f"{'method':<18}{'beta':>5}{'seeds':>7}{'KL':>16}{'score':>18}{'power':>7}{'trust':>16}")
+    print("sentiment: mean score of continuations of held-out openings, against KL; errors of the samples\n"
+          f"{'method':<24}{'beta':>5}{'seeds':>7}{'KL':>16}{'score':>18}{'power':>7}{'trust':>16}")
     for method, beta in itertools.product(METHODS, sorted({row["beta"] for row in runs})):
         here = [row for row in runs if row["method"] == method and row["beta"] == beta]
         if not here:
             continue
-        mean = {key: float(np.mean([row[key] for row in here]))
-                for key in ("kl", "kl_se", "score", "score_se", "power", "trust", "trust_se")}
+        mean = {key: float(np.mean([row[key] for row in here])) for key in ("kl", "score", "power", "trust")}
+        for key in ("kl_se", "score_se", "trust_se"):
+            mean[key] = math.sqrt(sum(row[key] ** 2 for row in here)) / len(here)
         means.append({"method": method, **mean})
-        print("{:<18}{:>5}{:>7}{kl:>9.2f} +- {kl_se:.2f}{score:>10.3f} +- {score_se:.3f}{power:>7.2f}{trust:>+8.2f} +- "
+        print("{:<24}{:>5}{:>7}{kl:>9.2f} +- {kl_se:.2f}{score:>10.3f} +- {score_se:.3f}{power:>7.2f}{trust:>+8.2f} +- "
               "{trust_se:.2f}".format(method, beta, len(here), **mean))
     for row in rows:
         if row["method"] == "reference":
-            print(f"reference{row['score']:>47.3f} +- {row['score_se']:.3f}")
-    for kl in args.kl:
-        for method in METHODS:
-            both = [compare_at(runs, method, kl, seed) for seed in sorted({row["seed"] for row in runs})]
-            both = [difference for difference in both if difference]
-            if both and method != "dpo":
-                error = math.sqrt(sum(se ** 2 for _, se in both)) / len(both)
-                print(f"at KL {kl}, {method}: score minus dpo's {np.mean([change for change, _ in both]):+.3f} +- "
-                      f"{error:.3f} (of the samples; {len(both)} seeds)")
+            print(f"reference{row['score']:>53.3f} +- {row['score_se']:.3f}")
+    print("\nscore minus dpo's at equal KL, between two betas; error of the samples; of each seed")
+    for kl, method in itertools.product(args.kl, list(METHODS)[1:]):
+        both = [compare_at(runs, method, kl, seed) for seed in sorted({row["seed"] for row in runs})]
+        both = [difference for difference in both if difference]
+        if both:
+            error = math.sqrt(sum(se ** 2 for _, se in both)) / len(both)
+            each = " ".join(f"{change:+.3f}" for change, _ in both)
+            print(f"at KL {kl}  {method:<24}{np.mean([change for change, _ in both]):+.3f} +- {error:.3f}    ({each})")
     draw(sorted(means, key=lambda row: row["kl"]),
          Panel("kl", "score", "method", "KL from the reference (nats)", "mean sentiment", lines=DRAWN),
          args.out / "sentiment.png")
@@ -590,15 +594,19 @@ def report_dialogue(args: argparse.Namespace) -> None:
     seeds = sorted({row["seed"] for row in runs})
     for name in runs[0]["log_ratios"]:
         print(f"\ndialogue, {name}: {len(runs[0]['log_ratios'][name])} pairs, {len(seeds)} seeds, learning rate "
-              f"{runs[0]['rate']}")
-        base = np.mean([np.array(row["log_ratios"][name]) > 0 for row in runs if row["method"] == "dpo"], axis=0)
+              f"{runs[0]['rate']}; differences pair by pair: mean, error of the pairs (of each seed)")
+        right = {(row["method"], row["seed"]): np.array(row["log_ratios"][name]) > 0 for row in runs}       # (P,)
         for method in METHODS:
-            here = [np.array(row["log_ratios"][name]) for row in runs if row["method"] == method]
-            if here:
-                right = np.mean([each > 0 for each in here], axis=0)                                # (P,)
-                kl = mean_se([row["kl"] for row in runs if row["method"] == method])
-                print(f"  {method:<18} accuracy {right.mean():.3f}, minus dpo's {mean_se(right - base)}; log-ratio "
-                      f"{mean_se(np.mean(here, axis=0))}; KL {kl}")
+            here = [row for row in runs if row["method"] == method]
+            if not here:
+                continue
+            accuracy = [right[method, row["seed"]].mean() for row in here]
+            change = np.array([right[method, row["seed"]] * 1.0 - right["dpo", row["seed"]] for row in here
+                               if ("dpo", row["seed"]) in right])                                  # (S, P)
+            of_seeds = " ".join(f"{each.mean():+.3f}" for each in change)
+            ratio = np.mean([row["log_ratios"][name] for row in here], axis=0)                      # (P,)
+            print(f"  {method:<16} accuracy {np.mean(accuracy):.3f}, minus dpo's {mean_se(change.mean(0))} ({of_seeds})"
+                  f"; log-ratio {mean_se(ratio)}; KL {mean_se([row['kl'] for row in here])}")
     report_quartiles(args, runs)
     for row in runs:
         if row["method"] == "dpo":
