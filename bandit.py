@@ -6,22 +6,19 @@ every claim has a number.  The losses are mallowspo.LINKS, the very functions th
 
     python bandit.py                              every experiment with few seeds, in a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5     one experiment in full
-    python bandit.py people --rankings *.soc      real rankings (PrefLib.org)
+    python tests/people.py *.soc                  real rankings (PrefLib.org): do dispersions help?
 
 Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
 The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. the
-neighbours that need a sampler -> 6. real rankings -> 7. a bandit with words, the population of train.py's demo ->
-8. what to run, to print and to draw.
+neighbours that need a sampler -> 6. a bandit with words, the population of train.py's demo -> 7. what to run, to
+print and to draw.
 """
 import argparse
-import contextlib
 import functools
 import itertools
 import json
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -74,33 +71,9 @@ def favourite_entropy(n: int, lam: Tensor) -> Tensor:
     return torch.special.entr(top_choice(n, lam)).sum(-1)
 
 
-def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
-
-    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0."""
-    mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
-    for i in range(2, n + 1):
-        cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
-        chances = top_choice(i, lam)                                # (..., i) the same law as of a favourite
-        step = (chances * cost).sum(-1, keepdim=True)                                   # (..., 1)
-        mean = mean + step[..., 0]
-        variance = variance + (chances * (cost - step) ** 2).sum(-1)
-    return mean, variance
-
-
-def kendall_distance(ranks: Tensor) -> Tensor:
-    """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
-    return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
-
-
 def enumerate_rankings(n: int) -> Tensor:
     """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
     return torch.tensor(list(itertools.permutations(range(n))))
-
-
-def exact_model(ranks: Tensor, lam: Tensor) -> Tensor:
-    """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
-    return torch.softmax(-lam[..., None] * kendall_distance(ranks), -1)
 
 
 def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
@@ -143,18 +116,6 @@ def lam_of_choices(counts: Tensor) -> Tensor:
 def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
     """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
     return invert(lambda lam: disagreement(n, lam), rate)
-
-
-def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) by weight (..., count) people.
-
-    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood
-    of an exponential family is highest where the expected distance is the mean one."""
-    weight = weight / weight.sum(-1, keepdim=True)
-    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
-    placed = ranks.T[centre].transpose(-1, -2)                                          # (..., count, n)
-    distance = (weight * kendall_distance(placed)).sum(-1)
-    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -882,143 +843,7 @@ def drift_at(win_rate: float, path: list[Tensor], k: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Real rankings: PrefLib's .soc (complete strict orders) and .soi (incomplete ones), and what they say.
-
-class BadFile(Exception):
-    """What is wrong with a rankings file, and where."""
-
-
-class Ballots(NamedTuple):
-    ranks: Tensor      # (orders, items) place of each item, 0 = best
-    weight: Tensor     # (orders,) voters who gave this order
-    voters: int        # all of the file's voters, also those whose order is too short to use
-
-
-def need(holds: bool, where: str, problem: str) -> None:
-    if not holds:
-        raise BadFile(f"{where}: {problem}")
-
-
-def parse_order(text: str, items: int, complete: bool, where: str) -> tuple[int, tuple[int, ...]]:
-    """A line `COUNT: a,b,c` as the count and the item numbers."""
-    need("{" not in text, where, f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
-    need(re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text), where,
-         f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
-    count, *order = map(int, re.findall("[0-9]+", text))
-    for item in order:
-        need(1 <= item <= items, where, f"unknown item {item}; the file has 1 to {items}")
-        need(order.count(item) == 1, where, f"item {item} is there twice")
-    need(len(order) == items or not complete, where,
-         f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
-    return count, tuple(order)
-
-
-def read_rankings(path: str) -> Ballots:
-    """Read a file of `# KEY: VALUE` lines and then orders, `COUNT: a,b,c`, items numbered from 1, best first.
-
-    An order that leaves out one item is complete, that item being last; shorter ones only count as voters."""
-    where, facts = f"{path}:1", {}
-    votes, full = Counter(), Counter()
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        where, text = f"{path}:{number}", line.decode("utf-8-sig", "replace").strip()
-        need("\ufffd" not in text and "\0" not in text, where, "not a text file")
-        fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
-        if fact:
-            need(re.fullmatch("[0-9]{1,9}", fact[2]), where, f"expected a whole number, found {fact[2][:50]!r}")
-            need(fact[1] not in facts, where, "this was said before")
-            facts[fact[1]] = int(fact[2]), where
-        elif text and text[0] != "#":
-            items, _ = facts.get("ALTERNATIVES", (0, where))
-            need(items >= 2, where, "before the first order expected '# NUMBER ALTERNATIVES: ', 2 or more")
-            count, order = parse_order(text, items, path.endswith(".soc"), where)
-            need(order not in votes, where, "this order was there before")
-            votes[order] = count
-            if len(order) >= items - 1:
-                full[(*order, *set(range(1, items + 1)).difference(order))] += count
-    need(votes, where, "the file ends without an order")
-    for key, found in (("VOTERS", votes.total()), ("UNIQUE ORDERS", len(votes))):
-        told, at = facts.get(key, (found, where))
-        need(told == found, at, f"says {told} {key.lower()}, but the orders below make {found}")
-    need(full, where, f"the file ends without an order of {items - 1} items or more")
-    ranks = (torch.tensor(list(full)) - 1).argsort(-1)                                  # (orders, items)
-    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), votes.total())
-
-
-def people(opt) -> Result:
-    """Real rankings: centre, dispersion, how often the item that is k places higher in the centre is preferred.
-    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others."""
-    if not opt.rankings:
-        print("  No --rankings given.  PrefLib.org has many; give the .soc or .soi files of a set (00024).")
-        return Result([], [], None, {"files": []})
-    files, groups = [], {}
-    for name in opt.rankings:
-        ballots = read_rankings(name)
-        files.append(describe(name, ballots))
-        groups.setdefault(ballots.ranks.shape[-1], []).append(ballots)
-    rng = np.random.default_rng(opt.seed)
-    rows, claims = [], []
-    for n, group in groups.items():
-        if len(group) < 2 or min(ballots.weight.sum() for ballots in group) < 2:
-            print(f"  {n} items: a comparison needs two files, and two voters in each")
-            continue
-        found, at = compare(opt, rng, **held_out(opt, rng, group))
-        rows += [{"items": n, **row} for row in found]
-        for index in ("phi, inverted entropy", "phi, shuffled index"):
-            ahead, se = at[index]["minus DPO"], at[index]["minus DPO se"]
-            claims.append((f"people, {n} items, new voters: {index} beats DPO", ahead < 0,
-                           f"{ahead:+.2f} +- {se:.2f} mnat"))
-    return Result(rows, claims, None, {"files": files})
-
-
-def describe(name: str, ballots: Ballots) -> dict:
-    """A file's centre, dispersion and rates by gap, printed and for people.json."""
-    centre, lam = fit_rankings(ballots.ranks, ballots.weight)
-    phi, items = math.exp(-lam), (centre + 1).tolist()
-    used = int(ballots.weight.sum())
-    rates = by_gap(ballots.ranks[:, centre], ballots.weight, lam)
-    print(f"  {name}: phi {phi:.4f}, centre {','.join(map(str, items))}, "
-          f"{used:,} of {ballots.voters:,} voters used")
-    for key, rate in rates.items():
-        print(f"    {key:<9} by gap  " + " ".join(f"{x:.3f}" for x in rate))
-    return {"file": name, "phi": phi, "centre": items, "voters": used, "items": len(items),
-            "voters in file": ballots.voters, "by gap": rates}
-
-
-def by_gap(ranks: Tensor, weight: Tensor, lam: Tensor) -> dict[str, list[float]]:
-    """How often an item is preferred to the one k = 1, 2, ... places below: seen, and by two links."""
-    rates, gap = pair_rates(ranks, weight), torch.arange(1, ranks.shape[-1], dtype=F64)
-    seen = torch.stack([rates.diagonal(k).mean() for k in range(1, len(rates))])
-    load = (len(rates) - gap) * gap     # the logistic link's one parameter is where its likelihood is flat
-    slope = invert(lambda c: -(load * torch.sigmoid(c * gap)).sum(), -(load * seen).sum())
-    links = {"observed": seen, "Kendall": mallowspo.pair_probability(gap, lam),
-             "logistic": torch.sigmoid(slope * gap)}
-    return {name: rate.tolist() for name, rate in links.items()}
-
-
-def held_out(opt, rng, group: list[Ballots]) -> dict[str, Tensor]:
-    """What `compare` wants, from random halves of the voters; answer k is k-th for a file's first half."""
-    parts = []
-    for ballots in group:
-        ranks, votes = ballots.ranks, ballots.weight.long().numpy()
-        half = rng.multivariate_hypergeometric(votes, votes.sum() // 2, size=opt.seeds)
-        first = torch.from_numpy(half).to(F64)                                          # (S, orders)
-        second = torch.from_numpy(votes - half).to(F64)
-        centre, lam = fit_rankings(ranks, first)                              # (S, n), (S,)
-        choices = first @ (ranks == 0).to(F64)                                          # (S, n)
-        entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)   # (S,)
-        parts.append({"train": rates_by_place(ranks, first, centre), "test": rates_by_place(ranks, second, centre),
-                      "lam": lam, "entropy": entropy, "choices": choices})
-    return {name: torch.stack([part[name] for part in parts], 1) for name in parts[0]}
-
-
-def rates_by_place(ranks: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
-    """(S, n, n) pair rates of the items in the order of these centres (S, n)."""
-    rates = pair_rates(ranks, weight)
-    return rates.take_along_dim(centre[:, :, None], 1).take_along_dim(centre[:, None], 2)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 7. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
+# 6. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
 #    language model has to learn it in train.py's demo; what the model has learned is known exactly, as above.
 
 # Each question's answers from the population's favourite down; from agreement to dispute, phi rises by line.
@@ -1207,10 +1032,10 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. What to run, to print and to draw.
+# 7. What to run, to print and to draw.
 
 class Panel(NamedTuple):
-    """A picture of rows: y by x, in a panel for each value of `facet` a line for each value of `by`."""
+    """How rows are shown: a picture of y by x, in a panel for each value of `facet` a line for each value of `by`."""
     x: str
     y: str
     by: str
@@ -1219,54 +1044,46 @@ class Panel(NamedTuple):
     facet: str = ""
     log: str = ""             # which axes are logarithmic
     lines: tuple = ()         # the lines to draw, if not the first five
-
-
-class Experiment(NamedTuple):
-    run: Callable             # the options -> Result; its docstring is printed
-    panel: Panel
     grid: bool = True         # printed as it is drawn, y by x; else rows as they are
     se: str = "se"            # standard error of y
 
 
 INDICES = ("phi, best index", "dpo", "phi, entropy proxy", "phi, shuffled index")
 ONLINE = ("D2PO, known", "iterated DPO, known", "D2PO, none", "iterated DPO, none")
-EXPERIMENTS = {
-    "spearman": Experiment(spearman, Panel(
-        "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest"), grid=False),
-    "link": Experiment(kendall_link, Panel(
-        "h", "g", "link", "h (ranks)", "g(h), chance to be preferred"), grid=False),
-    "optimum": Experiment(optimum, Panel(
+EXPERIMENTS = {               # what takes the options and gives a Result, its docstring is printed; how that is shown
+    "spearman": (spearman, Panel(
+        "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest", grid=False)),
+    "link": (kendall_link, Panel(
+        "h", "g", "link", "h (ranks)", "g(h), chance to be preferred", grid=False)),
+    "optimum": (optimum, Panel(
         "phi", "slope", "method", "dispersion phi (0: all agree, 1: coin toss)", "learned nats per rank", log="y")),
-    "growth": Experiment(growth, Panel(
+    "growth": (growth, Panel(
         "time", "margin", "method", "training time (steps x rate)", "margin (nats)", facet="phi", log="xy")),
-    "frontier": Experiment(frontier, Panel(
-        "kl", "place", "method", "mean KL to the reference (nats)", "mean place (0 best)", facet="judge"), grid=False),
-    "samples": Experiment(samples, Panel(
+    "frontier": (frontier, Panel(
+        "kl", "place", "method", "mean KL to the reference (nats)", "mean place (0 best)", facet="judge", grid=False)),
+    "samples": (samples, Panel(
         "N lam^2", "ratio", "phi", "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", log="xy")),
-    "shared": Experiment(shared, Panel(
+    "shared": (shared, Panel(
         "pairs", "excess", "index", "pairs per prompt", "excess log-loss (mnat)", log="xy", lines=INDICES)),
-    "trust": Experiment(trust, Panel(
+    "trust": (trust, Panel(
         "r", "ratio", "power", "r: noise of the index / its true spread", "excess log-loss / DPO's", facet="spread")),
-    "estimate": Experiment(estimate, Panel(
-        "lam", "guess", "n", "true lam = -log phi", "estimate, infinite data"), grid=False),
-    "online": Experiment(online, Panel(
+    "estimate": (estimate, Panel(
+        "lam", "guess", "n", "true lam = -log phi", "estimate, infinite data", grid=False)),
+    "online": (online, Panel(
         "labels", "place", "line", "gold labels per prompt", "mean place (0 best)", lines=ONLINE)),
-    "diffusion": Experiment(diffusion, Panel(
-        "drift", "win rate", "dispersion", "drift of the half", "win rate, upper half", facet="half"), grid=False),
-    "people": Experiment(people, Panel(
-        "pairs", "minus DPO", "index", "pairs per file", "log-loss minus DPO's (mnat)", facet="items", log="x",
-        lines=INDICES), se="minus DPO se"),
+    "diffusion": (diffusion, Panel(
+        "drift", "win rate", "dispersion", "drift of the half", "win rate, upper half", facet="half", grid=False)),
 }
 STYLES = ("o-", "s--", "^-.", "D:", "v-")
 
 
-def pivot(rows: list[dict], experiment: Experiment) -> list[dict]:
+def pivot(rows: list[dict], panel: Panel) -> list[dict]:
     """y by x: a row for each value of `facet` and `by`, a column for each value of x."""
-    panel, lines = experiment.panel, {}
+    lines = {}
     for row in rows:
         text = f"{row[panel.y]:.4g}"
-        if row.get(experiment.se, 0) > 1e-12:
-            text += f" +-{row[experiment.se]:.2g}"
+        if row.get(panel.se, 0) > 1e-12:
+            text += f" +-{row[panel.se]:.2g}"
         start = {key: row[key] for key in (panel.facet, panel.by) if key}
         line = lines.setdefault(tuple(start.values()), {**start, f"{panel.y} by {panel.x}:": ""})
         line[row[panel.x]] = text
@@ -1308,16 +1125,34 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
     figure.savefig(path)
 
 
+def perform(experiments: dict, opt) -> None:
+    """What is said of each, its table, NAME.json and NAME.png; then the verdict."""
+    torch.set_num_threads(1)                  # the matrices are tiny: more threads only wait for each other
+    opt.out.mkdir(parents=True, exist_ok=True)
+    claims, start = [], time.time()
+    for name, (run, panel) in experiments.items():
+        print(f"\n{name}: " + " ".join(run.__doc__.split()))
+        result = run(opt)
+        record = {"experiment": name, "settings": {**vars(opt), "out": str(opt.out)},
+                  **(result.more or {}), "rows": result.rows, "claims": result.claims}
+        (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        if result.rows:
+            print(lay_out(pivot(result.rows, panel) if panel.grid else result.rows))
+            draw(result.curves or result.rows, panel, opt.out / f"{name}.png")
+        claims += result.claims
+    print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
+    for claim, holds, found in claims:
+        verdict = "holds" if holds else "DOES NOT"
+        print(f"  {verdict:<9} {claim:<74} {found}")
+
+
 def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: a number of this kind in [low, high]."""
-    noun = {int: "a whole number", float: "a number"}[kind]
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
-    return parse
+    def number(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return number
 
 
 def main():
@@ -1331,33 +1166,14 @@ def main():
     flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
     flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum, samples: pull to ref (1)")
     flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth, frontier (all)")
-    flag("--rankings", nargs="+", metavar="FILE", help="of people: .soc and .soi files from PrefLib.org")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
     flag("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")
     opt = parser.parse_args()
-    if opt.rankings and opt.experiment not in ("all", "people"):
-        parser.error(f"--rankings is for people, not for {opt.experiment}")
-    torch.set_num_threads(1)                  # the matrices are tiny: more threads only wait for each other
-    claims, start = [], time.time()
+    chosen = EXPERIMENTS if opt.experiment == "all" else {opt.experiment: EXPERIMENTS[opt.experiment]}
     try:
-        opt.out.mkdir(parents=True, exist_ok=True)
-        for name in EXPERIMENTS if opt.experiment == "all" else [opt.experiment]:
-            experiment = EXPERIMENTS[name]
-            print(f"\n{name}: " + " ".join(experiment.run.__doc__.split()))
-            result = experiment.run(opt)
-            record = {"experiment": name, "settings": {**vars(opt), "out": str(opt.out)},
-                      **(result.more or {}), "rows": result.rows, "claims": result.claims}
-            (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-            if result.rows:
-                print(lay_out(pivot(result.rows, experiment) if experiment.grid else result.rows))
-                draw(result.curves or result.rows, experiment.panel, opt.out / f"{name}.png")
-            claims += result.claims
-    except (BadFile, OSError) as error:
+        perform(chosen, opt)
+    except OSError as error:
         parser.exit(2, f"bandit.py: error: {error}\n")
-    print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
-    for claim, holds, found in claims:
-        verdict = "holds" if holds else "DOES NOT"
-        print(f"  {verdict:<9} {claim:<74} {found}")
 
 
 if __name__ == "__main__":
