@@ -27,11 +27,19 @@ from bandit import F64, Panel, Result  # noqa: E402
 from mallowspo import pair_probability  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. The Kendall-Mallows model of rankings, given as ranks (count, n): ranks[r, i] is the place (0 = best) of item i.
+# 1. The Kendall-Mallows model, P(ranking) = phi^d(ranking, centre) / Z, of rankings given as ranks (count, n):
+#    ranks[r, i] is the place (0 = best) of item i; d is kendall_distance.  bandit.py has what needs no rankings.
 
 def kendall_distance(ranks: Tensor) -> Tensor:
     """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
     return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
+
+
+def log_partition(n: int, lam: Tensor) -> Tensor:
+    """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
+    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions."""
+    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
+    return exponents.logcumsumexp(-1).sum(-1)
 
 
 def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import people  # noqa: E402
+import theory  # noqa: E402
 
 import bandit  # noqa: E402
 import data  # noqa: E402
@@ -70,7 +72,7 @@ def test_closed_forms_agree_with_enumeration(n):
     mean, variance = people.distance_moments(n, lam)
     summed = (p * cost).sum(-1)
     for name, ours, right in (
-            ("log Z", bandit.log_partition(n, lam), (-lam[:, None] * cost).logsumexp(-1)),
+            ("log Z", people.log_partition(n, lam), (-lam[:, None] * cost).logsumexp(-1)),
             ("mean", mean, summed),
             ("variance", variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
             ("favourite", bandit.top_choice(n, lam), p @ (ranks == 0).double()),
@@ -141,7 +143,7 @@ def test_bridge_moves_no_integer_gap_and_only_rises():
     assert (g.diff(dim=0) > 0).all()
     for gap in (1., 2., 5.):
         ours = mallowspo.pair_probability(torch.tensor(gap, dtype=torch.float64), lam)
-        printed = bandit.as_printed(torch.tensor(gap, dtype=torch.float64), lam)
+        printed = theory.as_printed(torch.tensor(gap, dtype=torch.float64), lam)
         assert torch.allclose(ours, printed, rtol=1e-10)
 
 
@@ -149,7 +151,7 @@ def test_estimators_invert_what_they_should():
     lam = torch.tensor([.01, .1, .7, 3., 4.6], dtype=torch.float64)
     for n in (2, 5, 10, 100):
         assert (bandit.lam_of_entropy(bandit.favourite_entropy(n, lam), n) - lam).abs().max() < 1e-8
-        assert (bandit.lam_of_disagreement(bandit.disagreement(n, lam), n) - lam).abs().max() < 1e-8
+        assert (theory.lam_of_disagreement(theory.disagreement(n, lam), n) - lam).abs().max() < 1e-8
     ranks = bandit.enumerate_rankings(5)
     exact = torch.softmax(-lam[:, None] * people.kendall_distance(ranks), -1)           # (lams, 5!)
     centre, fitted = people.fit_rankings(ranks, exact)
@@ -158,7 +160,7 @@ def test_estimators_invert_what_they_should():
     assert people.fit_rankings(swapped, exact[2])[0].tolist() == [1, 0, 2, 3, 4]
     two = mallowspo.pair_probability(torch.arange(1., 3), torch.tensor(.7))
     right = (2 * 2 * two[0] * (1 - two[0]) + 2 * two[1] * (1 - two[1])) / 3
-    assert bandit.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
+    assert theory.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
 
 
 # --- engine -----------------------------------------------------------------------------------------------------
@@ -241,12 +243,18 @@ def test_shared(go):
     assert abs(excess["phi, one index"] - excess["dpo"]) < 8
 
 
-def test_estimate(go):
-    record = go("estimate", "--seeds", 8)
-    claims = {text: holds for text, holds, _ in record["claims"]}
+def test_estimate():
+    result = theory.estimate(types.SimpleNamespace(phis=None, pairs=None, seeds=8, seed=0))
+    claims = {text: holds for text, holds, _ in result.claims}
     assert claims["the entropy proxy orders prompts by dispersion"] and claims["inverting the entropy gives lam"]
-    rmse = {row["estimator"]: row["rmse"] for row in record["rows"] if row["n"] == 5 and row["answers"] == 1024}
+    rmse = {row["estimator"]: row["rmse"] for row in result.rows if row["n"] == 5 and row["answers"] == 1024}
     assert rmse["inverted, pseudo-count"] < .08 and rmse["entropy proxy (the paper)"] > .2
+
+
+def test_the_link_as_printed_is_of_no_use_and_ours_is(tmp_path):
+    done = subprocess.run([sys.executable, "tests/theory.py", "link", "--out", tmp_path], cwd=ROOT)
+    claims = json.loads((tmp_path / "link.json").read_text())["claims"]
+    assert [holds for _, holds, _ in claims] == [False, True] and done.returncode == 0
 
 
 # --- the command line -------------------------------------------------------------------------------------------
