@@ -6,8 +6,8 @@ every claim has a number.  The losses are mallowspo.LINKS, the very functions th
 
     python bandit.py                              every experiment with few seeds, in a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5     one experiment in full
-    python tests/theory.py                        the formulas themselves: the index as an estimate, the link as printed
-    python tests/people.py *.soc                  real rankings (PrefLib.org): do dispersions help?
+    python tests/theory.py                        two formulas: the index as an estimate, phi's link as printed
+    python tests/people.py *.soc                  real people's rankings (PrefLib.org): do dispersions help there?
 
 Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
 The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. the neighbours

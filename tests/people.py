@@ -69,7 +69,7 @@ def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. PrefLib's files: .soc (complete strict orders) and .soi (incomplete ones).
+# 2. Reading PrefLib's files: .soc (complete strict orders) and .soi (incomplete ones).
 
 class BadFile(Exception):
     """What is wrong with a rankings file, and where."""
@@ -132,7 +132,7 @@ def read_rankings(path: str) -> Ballots:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. What they say.
+# 3. The experiment.
 
 def people(opt) -> Result:
     """Real rankings: centre, dispersion, how often the item that is k places higher in the centre is preferred.
@@ -203,9 +203,6 @@ def rates_by_place(ranks: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
     rates = bandit.pair_rates(ranks, weight)
     return rates.take_along_dim(centre[:, :, None], 1).take_along_dim(centre[:, None], 2)
 
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 PANEL = Panel("pairs", "minus DPO", "index", "pairs per file", "log-loss minus DPO's (mnat)", facet="items", log="x",
               lines=bandit.INDICES, se="minus DPO se")
