@@ -6,22 +6,19 @@ every claim has a number.  The losses are mallowspo.LINKS, the very functions th
 
     python bandit.py                              every experiment with few seeds, in a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5     one experiment in full
-    python bandit.py people --rankings *.soc      real rankings (PrefLib.org)
+    python tests/theory.py                        two formulas: the index as an estimate, phi's link as printed
+    python tests/people.py *.soc                  real people's rankings (PrefLib.org): do dispersions help there?
 
 Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
-The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. the
-neighbours that need a sampler -> 6. real rankings -> 7. a bandit with words, the population of train.py's demo ->
-8. what to run, to print and to draw.
+The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. the neighbours
+that need a sampler -> 6. a bandit with words, the population of train.py's demo -> 7. what to run, print and draw.
 """
 import argparse
-import contextlib
 import functools
 import itertools
 import json
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,17 +39,8 @@ METHODS = {name: mallowspo.LOSSES[name].link for name in ("mallows-phi", "dpo", 
 #    d counts the pairs that a ranking orders otherwise than the centre (Mallows 1957).  A ranking of n items
 #    is written as ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
 
-def log_partition(n: int, lam: Tensor) -> Tensor:
-    """log Z of n items (Fligner and Verducci 1986); any shape of lam, also lam = 0 (log n!).
-
-    Z = prod_{i=1..n} (1 + phi + ... + phi^(i-1)): inserting the i-th item costs 0 to i-1 inversions."""
-    exponents = -lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device)   # (..., n)
-    return exponents.logcumsumexp(-1).sum(-1)
-
-
 def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator | None = None) -> Tensor:
     """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
-
     The items arrive from the centre's best to its worst; item i overtakes j of those before it with a
     probability proportional to phi^j, and each overtaking is one inversion."""
     ranks = torch.empty(count, 0, dtype=torch.long)
@@ -74,46 +62,15 @@ def favourite_entropy(n: int, lam: Tensor) -> Tensor:
     return torch.special.entr(top_choice(n, lam)).sum(-1)
 
 
-def distance_moments(n: int, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the distance to the centre: the sums over the insertions, which are independent.
-
-    They are derivatives of log Z (Fligner and Verducci 1986), here without their cancellation near lam = 0."""
-    mean, variance = torch.zeros_like(lam), torch.zeros_like(lam)
-    for i in range(2, n + 1):
-        cost = torch.arange(i, dtype=lam.dtype, device=lam.device)                      # (i,) inversions
-        chances = top_choice(i, lam)                                # (..., i) the same law as of a favourite
-        step = (chances * cost).sum(-1, keepdim=True)                                   # (..., 1)
-        mean = mean + step[..., 0]
-        variance = variance + (chances * (cost - step) ** 2).sum(-1)
-    return mean, variance
-
-
-def kendall_distance(ranks: Tensor) -> Tensor:
-    """How many pairs each ranking (..., n) orders otherwise than the centre 0, 1, ..., n - 1."""
-    return (ranks[..., :, None] > ranks[..., None, :]).triu(1).sum((-2, -1))
-
-
 def enumerate_rankings(n: int) -> Tensor:
     """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
     return torch.tensor(list(itertools.permutations(range(n))))
-
-
-def exact_model(ranks: Tensor, lam: Tensor) -> Tensor:
-    """(..., n!) probabilities of these rankings (all there are), phi^distance / Z."""
-    return torch.softmax(-lam[..., None] * kendall_distance(ranks), -1)
 
 
 def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
     """(..., n, n) share of rankings (count, n), weighted by (..., count), that place item i above item j."""
     above = ranks[:, :, None] < ranks[:, None, :]                                       # (count, n, n)
     return torch.einsum("...r,rij->...ij", weight / weight.sum(-1, keepdim=True), above.to(weight.dtype))
-
-
-def disagreement(n: int, lam: Tensor) -> Tensor:
-    """How often two people differ on a random pair of n items: the mean of 2 g (1 - g) over the pairs."""
-    gap = torch.arange(1, n, dtype=lam.dtype, device=lam.device)
-    agree = mallowspo.pair_probability(gap, lam[..., None])                             # (..., n - 1)
-    return (2 * agree * (1 - agree) * (n - gap)).sum(-1) / (n * (n - 1) / 2)
 
 
 def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
@@ -133,28 +90,10 @@ def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
 
 def lam_of_choices(counts: Tensor) -> Tensor:
     """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
-
     One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite."""
     n = counts.shape[-1]
     share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
     return lam_of_entropy(torch.special.entr(share).sum(-1), n)
-
-
-def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
-    """lam at which two people differ on this share of the pairs; 1/2 or more gives 0."""
-    return invert(lambda lam: disagreement(n, lam), rate)
-
-
-def fit_rankings(ranks: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (..., n) and maximum-likelihood lam (...) of rankings (count, n) by weight (..., count) people.
-
-    The centre, item numbers with the best first, is Borda's: by mean place.  Given a centre, the likelihood
-    of an exponential family is highest where the expected distance is the mean one."""
-    weight = weight / weight.sum(-1, keepdim=True)
-    centre = (weight @ ranks.to(weight.dtype)).argsort(dim=-1, stable=True)
-    placed = ranks.T[centre].transpose(-1, -2)                                          # (..., count, n)
-    distance = (weight * kendall_distance(placed)).sum(-1)
-    return centre, invert(lambda lam: distance_moments(ranks.shape[-1], lam)[0], distance)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -189,17 +128,9 @@ def draw_pairs(rng, chances: Tensor, count) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 3. The engine.  A policy is pi = ref * exp(u / beta) / Z.  The losses see only u; beta is needed to read off pi.
 
-class Point(NamedTuple):
-    """The mean loss at some u, and how it bends there."""
-    value: Tensor          # (...)
-    gradient: Tensor       # (..., n)
-    curvature: Tensor      # (..., n, n)
-
-
 def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e-10) -> Tensor:
     """The u (..., n) with the least mean loss over all pairs of all prompts: one policy for the P prompts of
     wins (..., P, n, n) with dispersions lam (..., P); everything before P is independent fits, done at once.
-
     Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects
     people to say, so it is never negative, however bent the link; Levenberg's damping makes every step a gain.
     That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth."""
@@ -210,11 +141,10 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
     lam = lam.expand(won.shape[:-1])[..., None]
     design = torch.eye(n, dtype=F64)[i] - torch.eye(n, dtype=F64)[j]                    # (pairs, n)
 
-    def look(u: Tensor) -> Point:
+    def look(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:           # mean loss (...), its gradient, its curvature
         gap = (u @ design.T)[..., None, :].expand(won.shape).detach().requires_grad_()
         win, lose = LINKS[link](gap, lam), LINKS[link](-gap, lam)                       # (..., P, pairs)
-        win_slope, = torch.autograd.grad(win.sum(), gap)
-        lose_slope, = torch.autograd.grad(lose.sum(), gap)
+        win_slope, lose_slope = (torch.autograd.grad(loss.sum(), gap)[0] for loss in (win, lose))
         win, lose = win.detach(), lose.detach()
         value = (won * win + lost * lose).sum((-2, -1)) + ridge / 2 * u.square().sum(-1)
         gradient = (won * win_slope + lost * lose_slope).sum(-2) @ design + ridge * u
@@ -222,21 +152,21 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
         if link == "square":
             bend = torch.full_like(bend, 2)         # IPO is no likelihood; a square bends by 2 everywhere
         curvature = design.T @ (((won + lost) * bend).sum(-2)[..., None] * design)
-        return Point(value, gradient, curvature + ridge * torch.eye(n, dtype=F64))
+        return value, gradient, curvature + ridge * torch.eye(n, dtype=F64)
 
     u = torch.zeros(*won.shape[:-2], n, dtype=F64)
-    here, damping = look(u), torch.full(won.shape[:-2], 1e-3, dtype=F64)
+    (value, gradient, curvature), damping = look(u), torch.full(won.shape[:-2], 1e-3, dtype=F64)
     for _ in range(steps):
-        stiff = torch.diag_embed(damping[..., None] * here.curvature.diagonal(dim1=-2, dim2=-1))
+        stiff = torch.diag_embed(damping[..., None] * curvature.diagonal(dim1=-2, dim2=-1))
         # 1/n: the losses leave u free up to a constant, and the matrix would be singular
-        move = torch.linalg.solve(here.curvature + stiff + 1 / n, here.gradient)
-        could_gain = (here.gradient * move).sum(-1)
-        there = look(u - move)
-        better = there.value <= here.value
+        move = torch.linalg.solve(curvature + stiff + 1 / n, gradient)
+        could_gain = (gradient * move).sum(-1)
+        new_value, new_gradient, new_curvature = look(u - move)
+        better = new_value <= value
         u = torch.where(better[..., None], u - move, u)
-        here = Point(torch.where(better, there.value, here.value),
-                     torch.where(better[..., None], there.gradient, here.gradient),
-                     torch.where(better[..., None, None], there.curvature, here.curvature))
+        value = torch.where(better, new_value, value)
+        gradient = torch.where(better[..., None], new_gradient, gradient)
+        curvature = torch.where(better[..., None, None], new_curvature, curvature)
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e8)
         if could_gain.max() < 1e-15:
             break
@@ -316,44 +246,12 @@ def spearman(opt) -> Result:
         ("theta's link never exceeds it", least > -1e-12, f"smallest difference {least:.0e}")])
 
 
-def as_printed(h: Tensor, lam: Tensor) -> Tensor:
-    """g(h) of the paper's Eq. 11 word for word, to show what the stable form is for."""
-    a, phi = h.abs(), torch.exp(-lam)
-    g = (a + 1) / (1 - phi ** (a + 1)) - a / (1 - phi ** a)
-    return torch.where(h > 0, g, 1 - g)
-
-
-def kendall_link(opt) -> Result:
-    """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam,
-    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap."""
-    h = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)])
-    lam = to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.])
-    lam, exactly = lam[:, None], lam.to(F64)
-    printed, ours = -torch.log(as_printed(h, lam)), LINKS["mallows-phi"](h, lam)        # (lams, h)
-    right = LINKS["mallows-phi"](h.to(F64), exactly[:, None])     # the tests hold this against 50 digits
-    normal = right > 1e-37                                        # below, float32 itself has fewer digits
-    usable = torch.isfinite(printed) & normal & (h.abs() >= mallowspo.BRIDGE)
-    error = lambda loss, where: torch.where(where, (loss / right - 1).abs(), 0).amax(-1)
-    rows = table({"lam": lam[:, 0], "printed: nan or inf": (~torch.isfinite(printed)).sum(-1),
-                  "printed: error": error(printed, usable), "ours: nan or inf": (~torch.isfinite(ours)).sum(-1),
-                  "ours: error": error(ours, normal), "jump at 0": 1 / torch.tanh(exactly / 2) - 2 / exactly})
-    curves, x = [], torch.linspace(-3, 3, 240, dtype=F64)
-    for phi in (.05, .8):
-        for form, g in (("printed", as_printed), ("ours", mallowspo.pair_probability)):
-            curves += table({"link": f"{form} {phi}", "h": x, "g": g(x, to_lam(phi))})
-    bad, worst = sum(pick(rows, "printed: nan or inf")), max(pick(rows, "ours: error"))
-    sound = sum(pick(rows, "ours: nan or inf")) == 0 and worst < 1e-5
-    return Result(rows, [
-        ("phi's link can be used as printed (float32)", bad == 0, f"{bad} of {printed.numel()} nan or inf"),
-        ("phi's stable form is right in float32", sound, f"error {worst:.0e}")], curves)
-
-
 def optimum(opt) -> Result:
     """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
     dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do."""
     phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
-    lam, rows = to_lam(phis)[:, None], []
-    claims = []
+    lam = to_lam(phis)[:, None]
+    rows, claims = [], []
     for method in opt.methods:
         u = fit_policy(METHODS[method], truth(opt.n, lam), lam)                         # (phis, n)
         slope, best = slope_per_rank(u), torch.softmax(u / opt.beta, -1)[:, 0]
@@ -382,8 +280,8 @@ def growth(opt) -> Result:
             pace = time * np.exp(np.interp(now, margin, np.log(speed))) * (time < elapsed[-1])
             curves += table({"phi": phi, "method": method, "time": time, "margin": now, "per e-fold": pace})
         if {"mallows-phi", "dpo"} <= set(opt.methods):
-            ours = pick(curves, "per e-fold", phi=phi, time=1e6, method="mallows-phi")[0]
-            dpo = pick(curves, "per e-fold", phi=phi, time=1e6, method="dpo")[0]
+            ours, = pick(curves, "per e-fold", phi=phi, time=1e6, method="mallows-phi")
+            dpo, = pick(curves, "per e-fold", phi=phi, time=1e6, method="dpo")
             claims.append((f"phi's margin grows slower than DPO's on agreed pairs, phi = {phi}", ours < dpo,
                            f"{ours / dpo:.2f} x, and no end"))
     return Result([row for row in curves if row["time"] in (1e2, 1e4, 1e6, 1e8)], claims, curves)
@@ -396,29 +294,24 @@ def frontier(opt) -> Result:
     chances = truth(opt.n, lam)                                                         # (P, n, n)
     places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
               "annotator": chances.sum(-2) - 1 / 2}           # an item's place: how many others are above it
-    rows, curves = [], []
-    claims = []
+    found = Result(rows=[], claims=[], curves=[])
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
-        wins = chances
-        if count != "infinite":
-            wins = draw_pairs(rng, chances.expand(opt.seeds, -1, -1, -1), count)
+        wins = chances if count == "infinite" else draw_pairs(rng, chances.expand(opt.seeds, -1, -1, -1), count)
         wins = wins[..., None, :, :]                            # each of the P prompts has a policy of its own
         policies = {name: fit_policy(METHODS[name], wins, lam[:, None]) for name in opt.methods}
         for judge, place in places.items():
-            rivals = policies
-            if count == "infinite":
-                rivals = {"best possible": -place, **policies}
+            rivals = {"best possible": -place, **policies} if count == "infinite" else policies
             for method, u in rivals.items():
                 mean, se = mean_se(place_at_kl(u, place, .5))
-                rows.append({"judge": judge, "pairs": count, "method": method, "place": mean, "se": se})
+                found.rows.append({"judge": judge, "pairs": count, "method": method, "place": mean, "se": se})
                 if count == "infinite":
-                    curves += [{"judge": judge, "method": method, "kl": kl, "place": place_at_kl(u, place, kl).item()}
-                               for kl in np.arange(1, 21) / 20]
+                    found.curves.extend({"judge": judge, "method": method, "kl": kl,
+                                         "place": place_at_kl(u, place, kl).item()} for kl in np.arange(1, 21) / 20)
                 if count == "infinite" and method in ("mallows-phi", "ipo"):
-                    best = pick(rows, "place", judge=judge, method="best possible")[0]
-                    claims.append((f"{method} gets the most per KL, judged by the {judge}", mean < best + .005,
-                                   f"place {mean:.3f}, best possible {best:.3f}"))
-    return Result(rows, claims, curves)
+                    best, = pick(found.rows, "place", judge=judge, method="best possible")
+                    found.claims.append((f"{method} gets the most per KL, judged by the {judge}", mean < best + .005,
+                                         f"place {mean:.3f}, best possible {best:.3f}"))
+    return found
 
 
 def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
@@ -451,20 +344,17 @@ def samples(opt) -> Result:
         ratio, se = ratio_se(ours, dpo)
         rows.append({"phi": phis[k], "pairs": int(counts[c, k]), "N lam^2": reach[c, k].item(),
                      "dpo": dpo.mean().item(), "mallows-phi": ours.mean().item(), "ratio": ratio, "se": se})
-    disputed, claims = [row for row in rows if row["phi"] >= .8], []
-    for size, ratios in (("< 0.5", [row["ratio"] for row in disputed if row["N lam^2"] < .5]),
-                         (">= 30", [row["ratio"] for row in disputed if row["N lam^2"] >= 30])):
-        if ratios:
-            claims.append((f"phi beats DPO on a disputed prompt with N lam^2 {size} pairs", max(ratios) < 1,
-                           f"regret {min(ratios):.2f} to {max(ratios):.2f} x DPO's"))
-    return Result(rows, claims)
+    few = [row["ratio"] for row in rows if row["phi"] >= .8 and row["N lam^2"] < .5]
+    many = [row["ratio"] for row in rows if row["phi"] >= .8 and row["N lam^2"] >= 30]
+    return Result(rows, [(f"phi beats DPO on a disputed prompt with N lam^2 {size} pairs", max(ratios) < 1,
+                          f"regret {min(ratios):.2f} to {max(ratios):.2f} x DPO's")
+                         for size, ratios in (("< 0.5", few), (">= 30", many)) if ratios])
 
 
 def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
             choices: Tensor) -> tuple[list[dict], dict[str, dict]]:
     """One policy for P prompts, fitted to pairs drawn with the chances `train`, judged by `test`, (S, P, n, n):
     all rows, and index -> its row at 256 pairs.
-
     lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites."""
     prompts, n = lam.shape[-1], test.shape[-1]
     i, j = pairs_of(n)
@@ -503,12 +393,10 @@ def shared(opt) -> Result:
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
     choices = torch.from_numpy(rng.multinomial(64, top_choice(opt.n, lam).numpy())).to(F64)
     rows, at = compare(opt, rng, chances, chances, lam, favourite_entropy(opt.n, lam), choices)
-    claims, dpo = [], at["dpo"]["excess"]
-    for name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index"):
-        loss, count = at[name]["excess"], at[name]["pairs"]
-        claims.append((f"one policy for many dispersions: {name} beats DPO", loss < dpo,
-                       f"{loss:.1f} against {dpo:.1f} mnat, {count} pairs per prompt"))
-    return Result(rows, claims)
+    loss, count = {name: row["excess"] for name, row in at.items()}, at["dpo"]["pairs"]
+    return Result(rows, [(f"one policy for many dispersions: {name} beats DPO", loss[name] < loss["dpo"],
+                          f"{loss[name]:.1f} against {loss['dpo']:.1f} mnat, {count} pairs per prompt")
+                         for name in ("phi, best index", "phi, entropy proxy", "phi, shuffled index")])
 
 
 def trust(opt) -> Result:
@@ -553,58 +441,16 @@ def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
     """(S, 1) the power of an index (S, P), by how often DPO's order of the answers, learned from one half of the pairs
     (S, P, n, n), agrees with the other half, as mallowspo.fit_trust asks."""
     i, j = pairs_of(halves[0].shape[-1])
-    found = []
+    found, kappas = [], []
     for mine, other in (halves, halves[::-1]):
         u = fit_policy("sigmoid", mine, index)                                          # (S, n)
         first = (u[:, i] > u[:, j])[:, None]                                            # (S, 1, pairs)
         won, lost = other[..., i, j], other[..., j, i]                                  # (S, P, pairs)
         found.append(torch.stack([torch.where(first, won, lost).sum(-1), torch.where(first, lost, won).sum(-1)], -1))
-    kappas = []
     for counts, h in zip(sum(found).long(), index):                                     # (P, 2) right, wrong; (P,)
         agrees = torch.tensor([1.0, 0.0]).repeat(len(h)).repeat_interleave(counts.flatten())
         kappas.append(mallowspo.fit_trust(agrees, h.repeat_interleave(counts.sum(-1))).kappa)
     return torch.tensor(kappas, dtype=F64).clamp(*mallowspo.POWERS)[:, None]
-
-
-def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
-    """The paper's estimate of lam: -log of the normalised entropy, times what makes it right on average."""
-    weight = lambda entropy: mallowspo.dispersion_weight(entropy / math.log(n), 1.0)
-    return weight(entropy) * over.mean() / weight(favourite_entropy(n, over)).mean()
-
-
-def estimate(opt) -> Result:
-    """lam from few answers, root mean square error.  The paper's proxy, -log of the normalised entropy times a
-    constant, orders prompts rightly but is not proportional to lam; the inverted entropy is, with a pseudo-count.
-    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)"""
-    lam, fine = to_lam(opt.phis or np.arange(1, 20) / 20), to_lam(torch.linspace(.99, .01, 99, dtype=F64))
-    rng, size = np.random.default_rng(opt.seed), (opt.seeds, len(lam))
-    rows, curves = [], []
-    for n in (5, 10):
-        top, differ = top_choice(n, lam).numpy(), disagreement(n, lam).numpy()
-        for m in opt.pairs or [8, 16, 64, 1024]:
-            counts = torch.from_numpy(rng.multinomial(m, top, size=size)).to(F64)       # (S, phis, n)
-            entropy, couples = torch.special.entr(counts / m).sum(-1), (m + 1) // 2     # (S, phis)
-            rate = torch.from_numpy(rng.binomial(couples, differ, size=size) / couples)
-            guesses = {"entropy proxy (the paper)": paper_proxy(n, entropy, fine),
-                       "inverted entropy": lam_of_entropy(entropy, n),
-                       "inverted, pseudo-count": lam_of_choices(counts),
-                       "two people, random pair": lam_of_disagreement(rate, n)}
-            for name, guess in guesses.items():
-                square, se = mean_se((guess - lam).square().mean(-1))
-                rows.append({"n": n, "estimator": name, "answers": m, "rmse": square ** .5,
-                             "se": se / (2 * square ** .5)})
-    for n in (5, 10, 100):
-        entropy = favourite_entropy(n, fine)
-        guess, inverted = paper_proxy(n, entropy, fine), lam_of_entropy(entropy, n)
-        curves += table({"n": n, "lam": fine, "guess": guess, "rise": guess.diff(prepend=torch.zeros(1)),
-                         "ratio": guess / fine, "error": (inverted - fine).abs()})
-    least, worst = min(pick(curves, "rise")), max(pick(curves, "error"))
-    curves += table({"n": "any, inverted", "lam": fine, "guess": fine})
-    low, high = min(pick(curves, "ratio", n=5)), max(pick(curves, "ratio", n=5))
-    return Result(rows, [
-        ("the entropy proxy orders prompts by dispersion", least > 0, "strictly, for 5, 10, 100 answers"),
-        ("the entropy proxy is proportional to lam", high < 1.1 * low, f"{low:.2f} to {high:.2f} x lam, n = 5"),
-        ("inverting the entropy gives lam", worst < 1e-8, f"error {worst:.0e}")], curves)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -612,7 +458,8 @@ def estimate(opt) -> Result:
 #    chances are torch's own, from its seed; S seeds are S independent runs, side by side.
 
 def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float) -> Iterator[list[Tensor]]:
-    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix: the parts after each step."""
+    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix: the parts after each step,
+    to be used before the next, as they are the optimiser's own."""
     parts = [part.clone().requires_grad_() for part in parts]
     optimizer = torch.optim.Adam(parts, lr=rate)
     for _ in range(steps):
@@ -690,12 +537,11 @@ LOOPS = {"iterated DPO": Loop(), "DPO, half of beta": Loop(beta=0.15), "Accelera
 def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
     """(S, P, n) scores of the answers, by Bradley and Terry from all gold pairs; of the policy's form, and damped."""
     nothing = torch.zeros(gold.shape, dtype=F64)
-
-    def loss(parts):
-        scores = of_pairs(parts[0][:, :1] + parts[0][:, 1:], gold)
-        return pair_loss(scores, nothing, weight[:, None], 1.0) + .01 * parts[0].square().sum((-2, -1))
+    scores = lambda theta: theta[:, :1] + theta[:, 1:]
+    loss = lambda parts: (pair_loss(of_pairs(scores(parts[0]), gold), nothing, weight[:, None], 1.0)
+                          + .01 * parts[0].square().sum((-2, -1)))
     *_, [theta] = descend([crowd.start], loss, 40, .05)
-    return theta[:, :1] + theta[:, 1:]
+    return scores(theta)
 
 
 def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
@@ -763,9 +609,8 @@ def online(opt) -> Result:
         *(claim(f"dispersion helps {name}", (name, "known"), (name, "none"), half) for name in LOOPS)], rows)
 
 
-def denoise(parts: list[Tensor], x: Tensor, time: Tensor, half: Tensor) -> Tensor:
-    """(S, B, 2) the noise that S perceptrons see in points (S, B, 2) at a time (S, B) from 0 (none) to 1 (all)."""
-    angle = time * math.pi / 2
+def denoise(parts: list[Tensor], x: Tensor, angle: Tensor, half: Tensor) -> Tensor:
+    """(S, B, 2) the noise that S perceptrons see in points (S, B, 2) at an angle (S, B), 0: none, pi / 2: all."""
     hidden = torch.cat([x, torch.stack([angle.cos(), angle.sin(), half], -1)], -1)
     *first, (matrix, bias) = zip(parts[::2], parts[1::2])
     for layer, shift in first:
@@ -773,19 +618,16 @@ def denoise(parts: list[Tensor], x: Tensor, time: Tensor, half: Tensor) -> Tenso
     return torch.baddbmm(bias, hidden, matrix)
 
 
-def mix_noise(x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    angle = time[..., None] * math.pi / 2
-    return angle.cos() * x + angle.sin() * noise
+def mix_noise(x: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
+    return angle[..., None].cos() * x + angle[..., None].sin() * noise
 
 
 @torch.no_grad()
-def sample_points(parts: list[Tensor], noise: Tensor, half: Tensor) -> Tensor:
-    """(S, B, 2) points made of noise in 20 steps, without further chance (DDIM): so two models can be compared."""
-    x = noise
-    for now, after in itertools.pairwise(torch.linspace(.98, 0, 21)):
+def sample_points(parts: list[Tensor], x: Tensor, half: Tensor) -> Tensor:
+    """(S, B, 2) points made of noise x in 20 steps, without further chance (DDIM): so two models can be compared."""
+    for now, after in itertools.pairwise(torch.linspace(.98, 0, 21) * math.pi / 2):
         seen = denoise(parts, x, now.expand(half.shape), half)
-        clean = (x - torch.sin(now * math.pi / 2) * seen) / torch.cos(now * math.pi / 2)
-        x = mix_noise(clean, seen, after.expand(half.shape))
+        x = mix_noise((x - now.sin() * seen) / now.cos(), seen, after)
     return x
 
 
@@ -803,6 +645,10 @@ def sides(*shape: int) -> Tensor:
     return 2.0 * torch.randint(2, shape) - 1
 
 
+def angles(half: Tensor) -> Tensor:
+    return (.98 * torch.rand(half.shape) + .01) * math.pi / 2
+
+
 def points(half: Tensor) -> Tensor:
     return torch.stack([sides(*half.shape), half], -1) + .25 * torch.randn(*half.shape, 2)                  # (S, B, 2)
 
@@ -817,23 +663,23 @@ def perceptron(seeds: int, *sizes: int) -> list[Tensor]:
 def denoising_loss(parts: list[Tensor]) -> Tensor:
     """(S,) what makes the reference."""
     half = sides(len(parts[0]), 256)
-    time, noise = .98 * torch.rand(half.shape) + .01, torch.randn(*half.shape, 2)
-    seen = denoise(parts, mix_noise(points(half), noise, time), time, half)
+    angle, noise = angles(half), torch.randn(*half.shape, 2)
+    seen = denoise(parts, mix_noise(points(half), noise, angle), angle, half)
     return (seen - noise).square().mean((-2, -1))
 
 
 def preference_loss(parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
     """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
     half = sides(len(parts[0]), 128)
-    upper, time = (half > 0).long(), .98 * torch.rand(half.shape) + .01
+    upper, angle = (half > 0).long(), angles(half)
     one, two = points(half), points(half)
     noise = torch.randn(*half.shape, 2)
     agrees = torch.rand(half.shape) < torch.sigmoid(HALF_LAM[upper])                    # as neighbours in a ranking
     first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
     pair = torch.where(first, one, two), torch.where(first, two, one)
 
-    def errors(parts):                                  # (S, B, 2) of both points, with the same time and noise
-        seen = [denoise(parts, mix_noise(x, noise, time), time, half) for x in pair]
+    def errors(parts):                                  # (S, B, 2) of both points, with the same angle and noise
+        seen = [denoise(parts, mix_noise(x, noise, angle), angle, half) for x in pair]
         return torch.stack([(each - noise).square().mean(-1) for each in seen], -1)
     with torch.no_grad():
         before = errors(reference)
@@ -882,143 +728,7 @@ def drift_at(win_rate: float, path: list[Tensor], k: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Real rankings: PrefLib's .soc (complete strict orders) and .soi (incomplete ones), and what they say.
-
-class BadFile(Exception):
-    """What is wrong with a rankings file, and where."""
-
-
-class Ballots(NamedTuple):
-    ranks: Tensor      # (orders, items) place of each item, 0 = best
-    weight: Tensor     # (orders,) voters who gave this order
-    voters: int        # all of the file's voters, also those whose order is too short to use
-
-
-def need(holds: bool, where: str, problem: str) -> None:
-    if not holds:
-        raise BadFile(f"{where}: {problem}")
-
-
-def parse_order(text: str, items: int, complete: bool, where: str) -> tuple[int, tuple[int, ...]]:
-    """A line `COUNT: a,b,c` as the count and the item numbers."""
-    need("{" not in text, where, f"a tie in {text[:50]!r}; only strict orders can be read (.soc, .soi)")
-    need(re.fullmatch(r"0*[1-9][0-9]{0,8} *: *[0-9]{1,9}( *, *[0-9]{1,9})*", text), where,
-         f"expected 'COUNT: a,b,c' (voters: items, best first), found {text[:50]!r}")
-    count, *order = map(int, re.findall("[0-9]+", text))
-    for item in order:
-        need(1 <= item <= items, where, f"unknown item {item}; the file has 1 to {items}")
-        need(order.count(item) == 1, where, f"item {item} is there twice")
-    need(len(order) == items or not complete, where,
-         f"{len(order)} items of {items}; in a .soc file orders are complete (unlike .soi)")
-    return count, tuple(order)
-
-
-def read_rankings(path: str) -> Ballots:
-    """Read a file of `# KEY: VALUE` lines and then orders, `COUNT: a,b,c`, items numbered from 1, best first.
-
-    An order that leaves out one item is complete, that item being last; shorter ones only count as voters."""
-    where, facts = f"{path}:1", {}
-    votes, full = Counter(), Counter()
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        where, text = f"{path}:{number}", line.decode("utf-8-sig", "replace").strip()
-        need("\ufffd" not in text and "\0" not in text, where, "not a text file")
-        fact = re.fullmatch("# *NUMBER (ALTERNATIVES|VOTERS|UNIQUE ORDERS): *(.*)", text)
-        if fact:
-            need(re.fullmatch("[0-9]{1,9}", fact[2]), where, f"expected a whole number, found {fact[2][:50]!r}")
-            need(fact[1] not in facts, where, "this was said before")
-            facts[fact[1]] = int(fact[2]), where
-        elif text and text[0] != "#":
-            items, _ = facts.get("ALTERNATIVES", (0, where))
-            need(items >= 2, where, "before the first order expected '# NUMBER ALTERNATIVES: ', 2 or more")
-            count, order = parse_order(text, items, path.endswith(".soc"), where)
-            need(order not in votes, where, "this order was there before")
-            votes[order] = count
-            if len(order) >= items - 1:
-                full[(*order, *set(range(1, items + 1)).difference(order))] += count
-    need(votes, where, "the file ends without an order")
-    for key, found in (("VOTERS", votes.total()), ("UNIQUE ORDERS", len(votes))):
-        told, at = facts.get(key, (found, where))
-        need(told == found, at, f"says {told} {key.lower()}, but the orders below make {found}")
-    need(full, where, f"the file ends without an order of {items - 1} items or more")
-    ranks = (torch.tensor(list(full)) - 1).argsort(-1)                                  # (orders, items)
-    return Ballots(ranks, torch.tensor(list(full.values()), dtype=F64), votes.total())
-
-
-def people(opt) -> Result:
-    """Real rankings: centre, dispersion, how often the item that is k places higher in the centre is preferred.
-    Then one policy for all files of as many items: index and pairs from half of the voters, judged by the others."""
-    if not opt.rankings:
-        print("  No --rankings given.  PrefLib.org has many; give the .soc or .soi files of a set (00024).")
-        return Result([], [], None, {"files": []})
-    files, groups = [], {}
-    for name in opt.rankings:
-        ballots = read_rankings(name)
-        files.append(describe(name, ballots))
-        groups.setdefault(ballots.ranks.shape[-1], []).append(ballots)
-    rng = np.random.default_rng(opt.seed)
-    rows, claims = [], []
-    for n, group in groups.items():
-        if len(group) < 2 or min(ballots.weight.sum() for ballots in group) < 2:
-            print(f"  {n} items: a comparison needs two files, and two voters in each")
-            continue
-        found, at = compare(opt, rng, **held_out(opt, rng, group))
-        rows += [{"items": n, **row} for row in found]
-        for index in ("phi, inverted entropy", "phi, shuffled index"):
-            ahead, se = at[index]["minus DPO"], at[index]["minus DPO se"]
-            claims.append((f"people, {n} items, new voters: {index} beats DPO", ahead < 0,
-                           f"{ahead:+.2f} +- {se:.2f} mnat"))
-    return Result(rows, claims, None, {"files": files})
-
-
-def describe(name: str, ballots: Ballots) -> dict:
-    """A file's centre, dispersion and rates by gap, printed and for people.json."""
-    centre, lam = fit_rankings(ballots.ranks, ballots.weight)
-    phi, items = math.exp(-lam), (centre + 1).tolist()
-    used = int(ballots.weight.sum())
-    rates = by_gap(ballots.ranks[:, centre], ballots.weight, lam)
-    print(f"  {name}: phi {phi:.4f}, centre {','.join(map(str, items))}, "
-          f"{used:,} of {ballots.voters:,} voters used")
-    for key, rate in rates.items():
-        print(f"    {key:<9} by gap  " + " ".join(f"{x:.3f}" for x in rate))
-    return {"file": name, "phi": phi, "centre": items, "voters": used, "items": len(items),
-            "voters in file": ballots.voters, "by gap": rates}
-
-
-def by_gap(ranks: Tensor, weight: Tensor, lam: Tensor) -> dict[str, list[float]]:
-    """How often an item is preferred to the one k = 1, 2, ... places below: seen, and by two links."""
-    rates, gap = pair_rates(ranks, weight), torch.arange(1, ranks.shape[-1], dtype=F64)
-    seen = torch.stack([rates.diagonal(k).mean() for k in range(1, len(rates))])
-    load = (len(rates) - gap) * gap     # the logistic link's one parameter is where its likelihood is flat
-    slope = invert(lambda c: -(load * torch.sigmoid(c * gap)).sum(), -(load * seen).sum())
-    links = {"observed": seen, "Kendall": mallowspo.pair_probability(gap, lam),
-             "logistic": torch.sigmoid(slope * gap)}
-    return {name: rate.tolist() for name, rate in links.items()}
-
-
-def held_out(opt, rng, group: list[Ballots]) -> dict[str, Tensor]:
-    """What `compare` wants, from random halves of the voters; answer k is k-th for a file's first half."""
-    parts = []
-    for ballots in group:
-        ranks, votes = ballots.ranks, ballots.weight.long().numpy()
-        half = rng.multivariate_hypergeometric(votes, votes.sum() // 2, size=opt.seeds)
-        first = torch.from_numpy(half).to(F64)                                          # (S, orders)
-        second = torch.from_numpy(votes - half).to(F64)
-        centre, lam = fit_rankings(ranks, first)                              # (S, n), (S,)
-        choices = first @ (ranks == 0).to(F64)                                          # (S, n)
-        entropy = torch.special.entr(choices / choices.sum(-1, keepdim=True)).sum(-1)   # (S,)
-        parts.append({"train": rates_by_place(ranks, first, centre), "test": rates_by_place(ranks, second, centre),
-                      "lam": lam, "entropy": entropy, "choices": choices})
-    return {name: torch.stack([part[name] for part in parts], 1) for name in parts[0]}
-
-
-def rates_by_place(ranks: Tensor, weight: Tensor, centre: Tensor) -> Tensor:
-    """(S, n, n) pair rates of the items in the order of these centres (S, n)."""
-    rates = pair_rates(ranks, weight)
-    return rates.take_along_dim(centre[:, :, None], 1).take_along_dim(centre[:, None], 2)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 7. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
+# 6. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
 #    language model has to learn it in train.py's demo; what the model has learned is known exactly, as above.
 
 # Each question's answers from the population's favourite down; from agreement to dispute, phi rises by line.
@@ -1059,11 +769,9 @@ class Population:
     """People who rank A = 6 answers to each of Q = 24 questions, by a Kendall-Mallows model per question."""
 
     def __init__(self):
-        self.questions, self.answers = [], []
-        for line in QUESTIONS.strip().splitlines():
-            question, words = line.split("?")
-            self.questions.append(question + "?")
-            self.answers.append(words.split())                                          # best first
+        lines = [line.split("?") for line in QUESTIONS.strip().splitlines()]
+        self.questions = [question + "?" for question, _ in lines]
+        self.answers = [words.split() for _, words in lines]                            # best first
         self.phi = torch.linspace(0.05, 0.95, len(self.questions), dtype=F64)           # (Q,)
         self.wins = truth(6, to_lam(self.phi))                                          # (Q, A, A)
 
@@ -1083,40 +791,34 @@ class Population:
     def favourites(self, count: int, seed: int) -> Iterator[dict]:
         """What members answer when asked: the favourite of each.  The reference learns from these, and from words that
         answer nothing: all of them, as it would not know that an answer ends which nobody gives."""
-        words = [word for answers in self.answers for word in answers]
+        names, words = itertools.cycle(ASKERS), itertools.cycle(itertools.chain(*self.answers))
         for i, (question, prompt, ranks) in enumerate(self._asked(count, seed)):
             yield {"prompt": prompt, "chosen": " " + self.answers[question][int(ranks.argmin())]}
-            turn, rest = divmod(i, 4)
-            if rest == 0:
-                yield {"prompt": f"{ASKERS[turn % len(ASKERS)]} says:", "chosen": " " + words[turn % len(words)]}
+            if i % 4 == 0:
+                yield {"prompt": f"{next(names)} says:", "chosen": " " + next(words)}
 
     def judgements(self, count: int, seed: int) -> Iterator[dict]:
         """Two answers, drawn evenly, judged by a random member; with the true dispersion of the question."""
         rng = np.random.default_rng(seed)
         for question, prompt, ranks in self._asked(count, seed):
-            better, worse = rng.choice(6, size=2, replace=False).tolist()
-            if ranks[worse] < ranks[better]:
-                better, worse = worse, better
+            better, worse = sorted(rng.choice(6, size=2, replace=False).tolist(), key=ranks.__getitem__)
             yield {"prompt": prompt, "chosen": " " + self.answers[question][better],
                    "rejected": " " + self.answers[question][worse], "dispersion": self.phi[question].item()}
 
     def measure(self, logp: Tensor, ref_logp: Tensor) -> dict[str, float]:
         """What a policy does to this population: exact sums over the answers, means over the names and questions, of
         the KL also over the agreed and over the disputed half of the questions.
-
         logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name."""
         p, r = logp.double().log_softmax(-1), ref_logp.double().log_softmax(-1)         # (Q, N, A)
         reward = (logp - ref_logp).double()
-        first, second = reward[..., :, None], reward[..., None, :]
-        wins = self.wins[:, None]                                                       # (Q, 1, A, A)
-        agree = torch.where(first > second, wins, 1 - wins)                             # (Q, N, A, A)
-        agree = torch.where(first == second, 0.5, agree)
         i, j = pairs_of(6)
+        lead, wins = reward[..., i] - reward[..., j], self.wins[:, None, i, j]          # (Q, N, pairs), (Q, 1, pairs)
+        agree = torch.where(lead > 0, wins, 1 - wins).where(lead != 0, 0.5)             # (Q, N, pairs)
         found = {
             "kl": (p.exp() * (p - r)).sum(-1),
             "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),  # over the reference
             "consensus_rank": (p.exp() * torch.arange(6, dtype=F64)).sum(-1),       # 0: always the favourite
-            "reward_accuracy": agree[..., i, j].mean(-1),       # share of members who agree with the reward
+            "reward_accuracy": agree.mean(-1),                 # share of members who agree with the reward
             "entropy": -(p.exp() * p).sum(-1),
             "elsewhere": 1 - logp.double().exp().sum(-1),       # probability of anything but the six answers
         }
@@ -1152,7 +854,6 @@ MEASURES = {"win_rate": (+1, 0.001), "consensus_rank": (-1, 0.01), "reward_accur
 
 def report(population: Population, runs: list[dict], records: list[dict]) -> tuple[dict, str]:
     """Compare methods that were trained with several betas: the content of report.json, and a text.
-
     runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl."""
     seen = [[] for _ in population.phi]
     for record in records:
@@ -1207,10 +908,10 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. What to run, to print and to draw.
+# 7. What to run, print and draw.
 
 class Panel(NamedTuple):
-    """A picture of rows: y by x, in a panel for each value of `facet` a line for each value of `by`."""
+    """How rows are shown: a picture of y by x, in a panel for each value of `facet` a line for each value of `by`."""
     x: str
     y: str
     by: str
@@ -1219,54 +920,43 @@ class Panel(NamedTuple):
     facet: str = ""
     log: str = ""             # which axes are logarithmic
     lines: tuple = ()         # the lines to draw, if not the first five
-
-
-class Experiment(NamedTuple):
-    run: Callable             # the options -> Result; its docstring is printed
-    panel: Panel
     grid: bool = True         # printed as it is drawn, y by x; else rows as they are
     se: str = "se"            # standard error of y
 
 
 INDICES = ("phi, best index", "dpo", "phi, entropy proxy", "phi, shuffled index")
 ONLINE = ("D2PO, known", "iterated DPO, known", "D2PO, none", "iterated DPO, none")
-EXPERIMENTS = {
-    "spearman": Experiment(spearman, Panel(
-        "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest"), grid=False),
-    "link": Experiment(kendall_link, Panel(
-        "h", "g", "link", "h (ranks)", "g(h), chance to be preferred"), grid=False),
-    "optimum": Experiment(optimum, Panel(
+EXPERIMENTS = {               # name -> a function of the options (its docstring is printed), how its rows are shown
+    "spearman": (spearman, Panel(
+        "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest", grid=False)),
+    "optimum": (optimum, Panel(
         "phi", "slope", "method", "dispersion phi (0: all agree, 1: coin toss)", "learned nats per rank", log="y")),
-    "growth": Experiment(growth, Panel(
+    "growth": (growth, Panel(
         "time", "margin", "method", "training time (steps x rate)", "margin (nats)", facet="phi", log="xy")),
-    "frontier": Experiment(frontier, Panel(
-        "kl", "place", "method", "mean KL to the reference (nats)", "mean place (0 best)", facet="judge"), grid=False),
-    "samples": Experiment(samples, Panel(
+    "frontier": (frontier, Panel(
+        "kl", "place", "method", "mean KL to the reference (nats)", "mean place (0 best)", facet="judge", grid=False)),
+    "samples": (samples, Panel(
         "N lam^2", "ratio", "phi", "N lam^2, N pairs of the prompt", "regret, MallowsPO-phi / DPO", log="xy")),
-    "shared": Experiment(shared, Panel(
+    "shared": (shared, Panel(
         "pairs", "excess", "index", "pairs per prompt", "excess log-loss (mnat)", log="xy", lines=INDICES)),
-    "trust": Experiment(trust, Panel(
+    "trust": (trust, Panel(
         "r", "ratio", "power", "r: noise of the index / its true spread", "excess log-loss / DPO's", facet="spread")),
-    "estimate": Experiment(estimate, Panel(
-        "lam", "guess", "n", "true lam = -log phi", "estimate, infinite data"), grid=False),
-    "online": Experiment(online, Panel(
+    "online": (online, Panel(
         "labels", "place", "line", "gold labels per prompt", "mean place (0 best)", lines=ONLINE)),
-    "diffusion": Experiment(diffusion, Panel(
-        "drift", "win rate", "dispersion", "drift of the half", "win rate, upper half", facet="half"), grid=False),
-    "people": Experiment(people, Panel(
-        "pairs", "minus DPO", "index", "pairs per file", "log-loss minus DPO's (mnat)", facet="items", log="x",
-        lines=INDICES), se="minus DPO se"),
+    "diffusion": (diffusion, Panel(
+        "drift", "win rate", "dispersion", "drift of the half", "win rate, upper half", facet="half", grid=False)),
 }
 STYLES = ("o-", "s--", "^-.", "D:", "v-")
+say_once = functools.cache(print)
 
 
-def pivot(rows: list[dict], experiment: Experiment) -> list[dict]:
+def pivot(rows: list[dict], panel: Panel) -> list[dict]:
     """y by x: a row for each value of `facet` and `by`, a column for each value of x."""
-    panel, lines = experiment.panel, {}
+    lines = {}
     for row in rows:
         text = f"{row[panel.y]:.4g}"
-        if row.get(experiment.se, 0) > 1e-12:
-            text += f" +-{row[experiment.se]:.2g}"
+        if row.get(panel.se, 0) > 1e-12:
+            text += f" +-{row[panel.se]:.2g}"
         start = {key: row[key] for key in (panel.facet, panel.by) if key}
         line = lines.setdefault(tuple(start.values()), {**start, f"{panel.y} by {panel.x}:": ""})
         line[row[panel.x]] = text
@@ -1280,9 +970,6 @@ def lay_out(rows: list[dict]) -> str:
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in cells)
-
-
-say_once = functools.cache(print)
 
 
 def draw(rows: list[dict], panel: Panel, path: Path) -> None:
@@ -1308,56 +995,55 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
     figure.savefig(path)
 
 
-def number(kind: type, low: float, high: float) -> Callable:
-    """An argparse type: a number of this kind in [low, high]."""
-    noun = {int: "a whole number", float: "a number"}[kind]
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
-    return parse
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, usage="python bandit.py [EXPERIMENT] [flags]",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("experiment", nargs="?", default="all", choices=["all", *EXPERIMENTS], help="default: all")
-    flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
-    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions (each experiment has its own)")
-    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="pairs per prompt; of estimate: answers")
-    flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
-    flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum, samples: pull to ref (1)")
-    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth, frontier (all)")
-    flag("--rankings", nargs="+", metavar="FILE", help="of people: .soc and .soi files from PrefLib.org")
-    flag("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
-    flag("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")
-    opt = parser.parse_args()
-    if opt.rankings and opt.experiment not in ("all", "people"):
-        parser.error(f"--rankings is for people, not for {opt.experiment}")
+def perform(experiments: dict, opt) -> None:
+    """Of each what it is and its table, NAME.json and NAME.png in opt.out; then the verdict on all claims."""
     torch.set_num_threads(1)                  # the matrices are tiny: more threads only wait for each other
+    opt.out.mkdir(parents=True, exist_ok=True)
     claims, start = [], time.time()
-    try:
-        opt.out.mkdir(parents=True, exist_ok=True)
-        for name in EXPERIMENTS if opt.experiment == "all" else [opt.experiment]:
-            experiment = EXPERIMENTS[name]
-            print(f"\n{name}: " + " ".join(experiment.run.__doc__.split()))
-            result = experiment.run(opt)
-            record = {"experiment": name, "settings": {**vars(opt), "out": str(opt.out)},
-                      **(result.more or {}), "rows": result.rows, "claims": result.claims}
-            (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-            if result.rows:
-                print(lay_out(pivot(result.rows, experiment) if experiment.grid else result.rows))
-                draw(result.curves or result.rows, experiment.panel, opt.out / f"{name}.png")
-            claims += result.claims
-    except (BadFile, OSError) as error:
-        parser.exit(2, f"bandit.py: error: {error}\n")
+    for name, (run, panel) in experiments.items():
+        print(f"\n{name}: " + " ".join(run.__doc__.split()))
+        result = run(opt)
+        record = {"experiment": name, "settings": {**vars(opt), "out": str(opt.out)},
+                  **(result.more or {}), "rows": result.rows, "claims": result.claims}
+        (opt.out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        if result.rows:
+            print(lay_out(pivot(result.rows, panel) if panel.grid else result.rows))
+            draw(result.curves or result.rows, panel, opt.out / f"{name}.png")
+        claims += result.claims
     print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
     for claim, holds, found in claims:
         verdict = "holds" if holds else "DOES NOT"
         print(f"  {verdict:<9} {claim:<74} {found}")
+
+
+def number(kind: type, low: float, high: float) -> Callable:
+    """An argparse type: a number of this kind in [low, high]."""
+    def number(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return number
+
+
+def main(about: str = __doc__, experiments: dict = EXPERIMENTS):
+    parser = argparse.ArgumentParser(description=about, usage="python %(prog)s [EXPERIMENT] [flags]",
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("experiment", nargs="?", default="all", choices=["all", *experiments], help="default: all")
+    flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
+    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions (each experiment has its own)")
+    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="pairs per prompt (each experiment has its own)")
+    flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
+    flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum, samples: pull to ref (1)")
+    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth, frontier (all)")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
+    flag("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")
+    opt = parser.parse_args()
+    chosen = experiments if opt.experiment == "all" else {opt.experiment: experiments[opt.experiment]}
+    try:
+        perform(chosen, opt)
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import types
@@ -19,14 +18,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import people  # noqa: E402
+import theory  # noqa: E402
+
 import bandit  # noqa: E402
 import data  # noqa: E402
 import mallowspo  # noqa: E402
 
-FIXTURE = Path(__file__).parent / "rankings.soi"
-DOTS = sorted((Path(os.environ.get("PREFLIB", "nowhere")) / "00024-dots").glob("*.soc"))
-APA = sorted((Path(os.environ.get("PREFLIB", "nowhere")) / "00028-apa").glob("*.soi"))
-needs_preflib = pytest.mark.skipif(not DOTS, reason="PREFLIB is not a folder with 00024-dots and 00028-apa")
 torch.set_num_threads(1)
 
 
@@ -69,22 +67,17 @@ def test_closed_forms_agree_with_enumeration(n):
     lam = bandit.to_lam([.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .99])
     i, j = bandit.pairs_of(n)
     ranks = bandit.enumerate_rankings(n)                                                # (n!, n)
-    p, cost = bandit.exact_model(ranks, lam), bandit.kendall_distance(ranks).double()   # (phis, n!), (n!,)
-    mean, variance = bandit.distance_moments(n, lam)
+    cost = people.kendall_distance(ranks).double()                                      # (n!,)
+    p = torch.softmax(-lam[:, None] * cost, -1)                                         # (phis, n!)
+    mean, variance = people.distance_moments(n, lam)
     summed = (p * cost).sum(-1)
     for name, ours, right in (
-            ("log Z", bandit.log_partition(n, lam), (-lam[:, None] * cost).logsumexp(-1)),
+            ("log Z", people.log_partition(n, lam), (-lam[:, None] * cost).logsumexp(-1)),
             ("mean", mean, summed),
             ("variance", variance, (p * (cost - summed[:, None]) ** 2).sum(-1)),
             ("favourite", bandit.top_choice(n, lam), p @ (ranks == 0).double()),
             ("pair", bandit.truth(n, lam)[..., i, j], bandit.pair_rates(ranks, p)[..., i, j])):
         assert (ours - right).abs().max() < 1e-12, name
-
-
-def test_moments_at_uniform_and_near():
-    for lam in (0.0, 1e-9):
-        mean, variance = bandit.distance_moments(5, torch.tensor(lam, dtype=torch.float64))
-        assert mean == pytest.approx(5, abs=1e-7) and variance == pytest.approx(25 / 6, abs=1e-7)
 
 
 def test_sampler_follows_the_model():
@@ -93,7 +86,7 @@ def test_sampler_follows_the_model():
     seen = bandit.pair_rates(ranks, torch.ones(len(ranks), dtype=torch.float64))
     i, j = bandit.pairs_of(n)
     assert (seen - bandit.truth(n, lam))[i, j].abs().max() < 4 * (0.25 / 50_000) ** .5
-    centre, fitted = bandit.fit_rankings(ranks, torch.ones(len(ranks), dtype=torch.float64))
+    centre, fitted = people.fit_rankings(ranks, torch.ones(len(ranks), dtype=torch.float64))
     assert centre.tolist() == [0, 1, 2, 3, 4] and abs(fitted - lam) < 0.01
 
 
@@ -150,7 +143,7 @@ def test_bridge_moves_no_integer_gap_and_only_rises():
     assert (g.diff(dim=0) > 0).all()
     for gap in (1., 2., 5.):
         ours = mallowspo.pair_probability(torch.tensor(gap, dtype=torch.float64), lam)
-        printed = bandit.as_printed(torch.tensor(gap, dtype=torch.float64), lam)
+        printed = theory.as_printed(torch.tensor(gap, dtype=torch.float64), lam)
         assert torch.allclose(ours, printed, rtol=1e-10)
 
 
@@ -158,15 +151,16 @@ def test_estimators_invert_what_they_should():
     lam = torch.tensor([.01, .1, .7, 3., 4.6], dtype=torch.float64)
     for n in (2, 5, 10, 100):
         assert (bandit.lam_of_entropy(bandit.favourite_entropy(n, lam), n) - lam).abs().max() < 1e-8
-        assert (bandit.lam_of_disagreement(bandit.disagreement(n, lam), n) - lam).abs().max() < 1e-8
+        assert (theory.lam_of_disagreement(theory.disagreement(n, lam), n) - lam).abs().max() < 1e-8
     ranks = bandit.enumerate_rankings(5)
-    centre, fitted = bandit.fit_rankings(ranks, bandit.exact_model(ranks, lam))
+    exact = torch.softmax(-lam[:, None] * people.kendall_distance(ranks), -1)           # (lams, 5!)
+    centre, fitted = people.fit_rankings(ranks, exact)
     assert (fitted - lam).abs().max() < 1e-8 and (centre == torch.arange(5)).all()
     swapped = ranks[:, [1, 0, 2, 3, 4]]                    # now item 1 is the best of all, item 0 the second
-    assert bandit.fit_rankings(swapped, bandit.exact_model(ranks, lam[2]))[0].tolist() == [1, 0, 2, 3, 4]
+    assert people.fit_rankings(swapped, exact[2])[0].tolist() == [1, 0, 2, 3, 4]
     two = mallowspo.pair_probability(torch.arange(1., 3), torch.tensor(.7))
     right = (2 * 2 * two[0] * (1 - two[0]) + 2 * two[1] * (1 - two[1])) / 3
-    assert bandit.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
+    assert theory.disagreement(3, torch.tensor(.7)).item() == pytest.approx(right.item(), rel=1e-5)
 
 
 # --- engine -----------------------------------------------------------------------------------------------------
@@ -249,96 +243,31 @@ def test_shared(go):
     assert abs(excess["phi, one index"] - excess["dpo"]) < 8
 
 
-def test_estimate(go):
-    record = go("estimate", "--seeds", 8)
-    claims = {text: holds for text, holds, _ in record["claims"]}
+def test_estimate():
+    result = theory.estimate(types.SimpleNamespace(phis=None, pairs=None, seeds=8, seed=0))
+    claims = {text: holds for text, holds, _ in result.claims}
     assert claims["the entropy proxy orders prompts by dispersion"] and claims["inverting the entropy gives lam"]
-    rmse = {row["estimator"]: row["rmse"] for row in record["rows"] if row["n"] == 5 and row["answers"] == 1024}
+    rmse = {row["estimator"]: row["rmse"] for row in result.rows if row["n"] == 5 and row["answers"] == 1024}
     assert rmse["inverted, pseudo-count"] < .08 and rmse["entropy proxy (the paper)"] > .2
 
 
-@needs_preflib
-def test_people_dots(go):
-    record = go("people", "--rankings", *DOTS, "--seeds", 30, "--pairs", 256)
-    assert [item["phi"] for item in record["files"]] == pytest.approx([.771, .701, .585, .536], abs=.002)
-    assert all(item["centre"] == [1, 2, 3, 4] and item["items"] == 4 for item in record["files"])
-    minus = {row["index"]: row["minus DPO"] for row in record["rows"]}
-    assert minus["phi, inverted entropy"] < -3
-    assert minus["phi, shuffled index"] > 2
-    assert .97 < rows(record, "slope", index="phi, best index")[0] < 1.07
-
-
-@needs_preflib
-def test_people_elections(go):
-    record = go("people", "--rankings", *APA[:2], "--seeds", 2, "--pairs", 64)
-    assert [item["voters"] for item in record["files"]] == [10978, 10623]
-    assert [item["voters in file"] for item in record["files"]] == [18723, 17469]
-    assert [item["phi"] for item in record["files"]] == pytest.approx([.7943, .8381], abs=.002)
+def test_the_link_as_printed_is_of_no_use_and_ours_is(tmp_path):
+    done = subprocess.run([sys.executable, "tests/theory.py", "link", "--out", tmp_path], cwd=ROOT)
+    claims = json.loads((tmp_path / "link.json").read_text())["claims"]
+    assert [holds for _, holds, _ in claims] == [False, True] and done.returncode == 0
 
 
 # --- the command line -------------------------------------------------------------------------------------------
-
-def test_people_on_the_fixture(go):
-    record = go("people", "--rankings", FIXTURE, FIXTURE, "--seeds", 3, "--pairs", 8)
-    item = record["files"][0]
-    assert (item["items"], item["voters"], item["voters in file"]) == (4, 20, 25)
-    assert item["centre"] == [2, 1, 3, 4] and 0 < item["phi"] < 1
-    ballots = bandit.read_rankings(str(FIXTURE))
-    assert ballots.ranks.tolist()[1] == [0, 1, 2, 3]        # the order 1,2,3 leaves out 4: it is the last
-    assert len(record["rows"]) == 8
-
-
-def test_without_rankings_it_says_where_to_get_some(tmp_path):
-    assert "PrefLib.org" in run("people", "--out", tmp_path)[1]
-
-
-HEAD = "# NUMBER ALTERNATIVES: 3\n"
-
-
-@pytest.mark.parametrize("text, line, word", [
-    (HEAD + "# NUMBER VOTERS: 9\n5: 1,2,3\n", 2, "9 voters"),
-    (HEAD + "# NUMBER UNIQUE ORDERS: 2\n5: 1,2,3\n", 2, "unique orders"),
-    (HEAD + "5: 1,2,3\n\n4: 1,2,2\n", 4, "item 2 is there twice"),
-    (HEAD + "5: 1,{2,3}\n", 2, "tie"),
-    (HEAD + "5: 1,2,4\n", 2, "unknown item 4"),
-    (HEAD + "5: 1,2,0\n", 2, "unknown item 0"),
-    (HEAD + "0: 1,2,3\n", 2, "COUNT"),
-    (HEAD + "-1: 1,2,3\n", 2, "COUNT"),
-    (HEAD + "five: 1,2,3\n", 2, "COUNT"),
-    (HEAD + "5: 1,2\n", 2, "2 items of 3"),
-    (HEAD + "5: 1,2,3\n5: 1,2,3\n", 3, "before"),
-    (HEAD + "5: 1,2,3\n# NUMBER ALTERNATIVES: 4\n", 3, "said before"),
-    (HEAD, 1, "without an order"),
-    ("", 1, "without an order"),
-    ("5: 1,2,3\n", 1, "NUMBER ALTERNATIVES"),
-    ("# NUMBER ALTERNATIVES: three\n", 1, "whole number"),
-    (b"\x89PNG\r\n\x1a\n\0\xff", 1, "not a text file"),
-])
-def test_bad_rankings_get_file_and_line(tmp_path, text, line, word):
-    path = tmp_path / "bad.soc"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(bandit.BadFile, match=rf"bad\.soc:{line}: .*{word}"):
-        bandit.read_rankings(str(path))
-
 
 @pytest.mark.parametrize("words, word", [
     (["optimum", "--phis", "0"], "--phis"), (["optimum", "--phis", "1.2"], "--phis"), (["optimum", "--n", "1"], "--n"),
     (["shared", "--seeds", "0"], "--seeds"), (["shared", "--pairs", "0"], "--pairs"), (["nonsense"], "nonsense"),
     (["optimum", "--beta", "nan"], "--beta"), (["optimum", "--method", "dpo"], "--method"),
-    (["optimum", "--rankings", "x"], "--rankings"), (["people", "--rankings", "not/there.soc"], "not/there.soc"),
-    (["optimum", "--out", __file__], "test_bandit.py"), (["people", "--rankings", str(FIXTURE.parent)], "tests"),
+    (["optimum", "--out", __file__], "test_bandit.py"), (["shared", "--seeds", "few"], "few"),
 ])
 def test_silly_arguments_get_one_line(words, word, tmp_path):
     status, _, err = run(*words, *([] if "--out" in words else ["--out", tmp_path]))
     assert status == 2 and word in err.splitlines()[-1]
-
-
-def test_it_runs_as_a_script(tmp_path):
-    (tmp_path / "bad.soc").write_text("5: 1,2,3\n")
-    words = ["people", "--rankings", tmp_path / "bad.soc", "--out", tmp_path]
-    done = subprocess.run([sys.executable, "bandit.py", *words],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "bad.soc:1: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_same_seed_same_numbers(go, tmp_path):

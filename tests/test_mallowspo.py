@@ -5,6 +5,7 @@ import math
 import textwrap
 
 import mpmath
+import people
 import pytest
 import torch
 from conftest import ROOT
@@ -27,7 +28,7 @@ def enumerate_kendall(n, phi):
 def test_kendall_model_equals_enumeration(n, phi):
     ranks, probability, z = enumerate_kendall(n, phi)
     lam = torch.tensor(-math.log(phi), dtype=torch.float64)
-    assert abs(bandit.log_partition(n, lam) - z.log()) < 1e-12
+    assert abs(people.log_partition(n, lam) - z.log()) < 1e-12
     for i in range(n):
         for j in range(n):
             if i != j:
@@ -36,7 +37,7 @@ def test_kendall_model_equals_enumeration(n, phi):
 
 
 def test_partition_at_a_coin_toss():
-    assert bandit.log_partition(5, torch.zeros(())).item() == pytest.approx(math.log(120), rel=1e-6)
+    assert people.log_partition(5, torch.zeros(())).item() == pytest.approx(math.log(120), rel=1e-6)
 
 
 def test_sampler_has_the_exact_rates():
