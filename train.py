@@ -701,7 +701,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
             write_file(path, content)
 
     def load(name):
-        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
+        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.pairs"
         read = functools.partial(cached_pairs, cache, None if cfg.dry_run else keep, paths, tokenizer, longest,
                                  cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
                                  functools.partial(progress, world, "reading", unit="records"))
