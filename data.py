@@ -15,6 +15,7 @@ import faulthandler
 import functools
 import gzip
 import hashlib
+import hmac
 import itertools
 import json
 import math
@@ -83,7 +84,7 @@ FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the
 # What else a record may carry: the flag that uses it, whether a value fits, and what it has to be.
 FIELDS = {
     "dispersion": ("--dispersion field", lambda x: _numbers([x], 1) and 0 < x <= 1, "a number phi with 0 < phi <= 1"),
-    "votes": ("--dispersion votes", lambda x: _numbers(x, 2, int) and min(x) >= 0 and 0 < max(x) < 1 << 31,
+    "votes": ("--dispersion votes", lambda x: _numbers(x, 2, (int,)) and min(x) >= 0 and 0 < max(x) < 1 << 31,
               "[for chosen, for rejected], two counts of which one is above 0"),
     "scores": ("--dispersion scores", lambda x: _numbers(x, 2), "[of chosen, of rejected], two numbers"),
     "rewards": ("--advantage", lambda x: _numbers(x, 2), "[of chosen, of rejected], two numbers"),
@@ -156,8 +157,7 @@ def _instruction(record: dict) -> list[dict]:
 
 def _pair(record: dict, columns: str = "chosen rejected", label: str | None = None) -> list:
     """The values of two columns, or the two in one, the better one first: the label, if any, is its number, 0 or 1."""
-    found = [record[name] for name in columns.split()]
-    pair = found if len(found) == 2 else found[0]
+    pair = record[columns] if columns in record else [record[name] for name in columns.split()]
     if not isinstance(pair, list) or len(pair) != 2:
         raise BadData(f"{columns!r} is {_kind(pair)}, not [chosen, rejected]")
     if label and record[label] not in (0, 1):
@@ -206,8 +206,7 @@ def _fields(item: dict) -> list:
     return found
 
 
-def _numbers(values, count: int, *kinds: type) -> bool:
-    kinds = kinds or (int, float)
+def _numbers(values, count: int, kinds: tuple[type, ...] = (int, float)) -> bool:
     return isinstance(values, list) and len(values) == count and all(type(x) in kinds and abs(x) < 1e30 for x in values)
 
 
@@ -483,35 +482,31 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
-        config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-        if "added_tokens_decoder" not in config:        # older folders name their tokens elsewhere
-            config |= _settings(folder / "special_tokens_map.json")
         with complaint(f"{folder}: not a tokenizer"):
-            content = _read(folder / "tokenizer.json")
+            content, settings = _read(folder / "tokenizer.json"), {}
+            for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if "added_tokens_decoder" not in settings:          # older folders name their tokens in the last one
+                    settings |= {key: x for key, x in _settings(folder / name).items() if x is not None}
             self.backend = tokenizers.Tokenizer.from_buffer(content)
             self.backend.no_truncation()
             self.backend.no_padding()
             named = {key: token.get("content") if isinstance(token, dict) else token
-                     for key, token in config.items() if key.endswith("_token")}
+                     for key, token in settings.items() if key.endswith("_token")}
             self.tokens = {key: token for key, token in named.items() if isinstance(token, str)}  # names for templates
-            self.eos = self._find_eos(folder)
-            template = _read(own).decode() if own.is_file() else config.get("chat_template")
+            own = folder / "chat_template.jinja"
+            template = _read(own).decode() if own.is_file() else settings.get("chat_template")
             if isinstance(template, list):
                 template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
             self.template = template                    # a string, once used compiled; None without
+            self.eos = self.backend.token_to_id(self.tokens.get("eos_token", ""))
+            if self.eos is None:
+                ids = settings.get("eos_token_id")
+                self.eos = ids[0] if isinstance(ids, list) and ids else ids
+            if type(self.eos) is not int or not 0 <= self.eos < 1 << 31 or self.backend.id_to_token(self.eos) is None:
+                raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
             day = datetime.now().strftime("%x") if "strftime" in str(template) else ""
-            self.digest = hashlib.sha256(content + json.dumps([config, template, self.eos, day]).encode()).hexdigest()
+            self.digest = hashlib.sha256(content + json.dumps([settings, template, day]).encode()).hexdigest()
             self._try_out(folder)
-
-    def _find_eos(self, folder: Path) -> int:
-        if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
-            return found
-        for name in ("generation_config.json", "config.json"):
-            found = _settings(folder / name).get("eos_token_id")
-            found = found[0] if isinstance(found, list) and found else found
-            if type(found) is int and 0 <= found < 1 << 31 and self.backend.id_to_token(found) is not None:
-                return found
-        raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
 
     def _try_out(self, folder: Path) -> None:
         """What this tokenizer does at the start of a text, and what behind its added tokens."""
@@ -522,11 +517,13 @@ class Tokenizer:
         self.bos = starts[0]
         # Some tokenizers put a space before every text; behind an anchor they do not.
         self.anchor = "" if self.text(letter + self._encode("b")) == "ab" else "\n"
-        added = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
-        self.ends = {self.eos, *(i for i, mark in added.items() if mark.strip())}    # one of them ends a turn of a chat
-        marks = [mark for mark in sorted(added.values(), key=len, reverse=True) if mark.strip() and all(
-            self._encode(mark + text) == self._encode(mark) + self._encode(text) for text in ("a", "\na"))]
-        self.mark = re.compile("|".join(map(re.escape, marks)) or "(?!)")            # behind which encoding starts anew
+        decoder = self.backend.get_added_tokens_decoder()
+        added = {i: token.content for i, token in decoder.items() if token.content.strip()}
+        self.ends = {self.eos, *added}                  # a turn of a chat ends with one
+        marks, tails = sorted(added.values(), key=len, reverse=True), ("", "a", "\na")
+        found = zip(marks, *(self._encode_all([mark + tail for mark in marks]) for tail in tails))
+        anew = [mark for mark, alone, *more in found if more == [alone + self._encode(tail) for tail in tails[1:]]]
+        self.mark = re.compile("|".join(map(re.escape, anew)) or "(?!)")       # behind these encoding starts anew
         self._lead = functools.lru_cache(64)(self._encode)
         self._blank = functools.lru_cache(64)(lambda *ids: not self.text(ids).strip())
 
@@ -554,7 +551,7 @@ class Tokenizer:
             self.template = compile_template(self.template)
         text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
                                     **self.tokens)
-        if len(text) > (1 << 20) + 8 * len(plain(chat)):
+        if len(text) > 1 << 20 and len(text) > (1 << 20) + 8 * len(plain(chat)):
             raise OverflowError(f"{len(text):,} characters from {len(plain(chat)):,}")
         return text
 
@@ -590,8 +587,9 @@ class Tokenizer:
         try:
             with complaint("the chat template fails"), bounded(*RENDERING):
                 texts = [self._spell(record) for record in records]
-            ids = iter(self._encode_all([text for each in texts for text in each.encoded]))
-            return [self._ids(each, [next(ids) for _ in each.encoded]) for each in texts]
+            wanted = [[start, *(lead + answer for answer in answers)] for start, lead, *answers in texts]
+            ids = iter(self._encode_all([*itertools.chain(*wanted)]))
+            return [self._ids(record, each, [next(ids) for _ in each[1:]]) for record, each in zip(records, texts)]
         except BadData as error:
             if len(records) > 1:
                 return [self.pairs([record])[0] for record in records]
@@ -599,12 +597,12 @@ class Tokenizer:
                 self.template = "{{ raise_exception('it takes too long') }}"
             return [BadData(f"{error!s:.500}")]
 
-    def _spell(self, record: Record) -> "Spelled":
-        """A response is encoded behind a lead, whose ids are then taken away: the anchor, or in a chat what follows the
-        prompt's last added token."""
+    def _spell(self, record: Record) -> list[str]:
+        """The prompt, a lead, and what each response adds to the prompt.  A response is encoded behind the lead, whose
+        ids are then taken away: the anchor, or in a chat what follows the prompt's last added token."""
         sides = [side for side in (record.chosen, record.rejected) if side]
         if isinstance(record.prompt, str):
-            return Spelled(False, self.anchor, sides, [record.prompt, *(self.anchor + side for side in sides)])
+            return [record.prompt, self.anchor, *sides]
         start = self._render(record.prompt, True)
         wholes = [self._render([*record.prompt, *side], False) for side in sides]
         for whole in wholes:
@@ -613,23 +611,22 @@ class Tokenizer:
                 raise BadData("the chat template is not prefix-stable: the prompt alone has "
                               f"{start[at:at + 50]!r:.150}, where with a response behind it there is "
                               f"{whole[at:at + 50]!r:.150}")
-        lead, answers = self.mark.split(start)[-1], [whole[len(start):] for whole in wholes]
-        return Spelled(True, lead, answers, [start, *(lead + answer for answer in answers)])
+        return [start, self.mark.split(start)[-1], *(whole[len(start):] for whole in wholes)]
 
-    def _ids(self, spelled: "Spelled", encoded: list[list[int]]) -> tuple:
+    def _ids(self, record: Record, texts: list[str], encoded: list[list[int]]) -> tuple:
         """The ids of a record, if they decode to its texts, with the tokens that start and end a text.  A chat's are
         those that transformers makes of the whole, if they begin with the prompt's; its turn ends with its last added
         token (<|im_end|>, </s>), if only white space follows that."""
-        chat, lead, answers, (start, *_) = spelled
-        prompt, *sides = encoded
+        (start, lead, *answers), (prompt, *sides) = texts, encoded
+        chat = isinstance(record.prompt, list)
         if not prompt and (chat or not self.bos):
             raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        before = self._lead(lead)
+        before = prompt if chat and lead == start else self._lead(lead)
         for i, ids in enumerate(sides):
             sides[i] = ids[len(before):] if ids[:len(before)] == before else self._continue(answers[i])
 
-        def differ(parts, texts):
-            found, whole = self.text(itertools.chain(*parts)), "".join(texts)
+        def differ(parts, pieces):
+            found, whole = self.text(itertools.chain(*parts)), "".join(pieces)
             return found != whole and not (chat and "".join(found.split()) == "".join(whole.split()))
         if differ([prompt, *sides], [start, *answers]):
             name = "chosen" if differ([prompt, sides[0]], [start, answers[0]]) else "rejected"
@@ -642,14 +639,6 @@ class Tokenizer:
         if sides[1:] == sides[:1]:
             raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
         return prompt if chat else self._start(prompt), *[*sides, []][:2]
-
-
-class Spelled(NamedTuple):
-    """The texts of a record."""
-    chat: bool
-    lead: str
-    answers: list[str]           # what each response adds to the prompt
-    encoded: list[str]           # the prompt, and the lead with each response
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -825,9 +814,9 @@ def write_dataset(dataset: Dataset, key: str) -> bytes:
     ids there are (8), the ids, and all else as JSON."""
     facts = [dataset[1:], *([*map(len, pair[:3]), *pair[3:]] for pair in dataset.pairs)]
     ids = [part for pair in dataset.pairs for part in pair[:3]]
-    size = np.array([sum(map(len, ids))])
+    size = np.array([sum(map(len, ids))], dtype=np.int64)
     content = bytearray().join([bytes(32), size, *ids, json.dumps(facts).encode()])
-    content[:32] = _digest(key, memoryview(content))
+    content[:32] = hmac.new(key.encode(), memoryview(content)[32:], "sha256").digest()
     return content
 
 
@@ -837,19 +826,13 @@ def read_dataset(path: Path, key: str) -> Dataset | None:
         content = np.memmap(path, np.uint8, "c").view(np.ndarray)
     except (OSError, ValueError):                       # the latter of an empty file
         return None
-    if content[:32].tobytes() != _digest(key, content):
+    if content[:32].tobytes() != hmac.new(key.encode(), content[32:], "sha256").digest():
         return None
     end = 40 + 4 * int(content[32:40].view(np.int64)[0])
     (*counts, forms), *facts = json.loads(content[end:].tobytes())
     ends = np.cumsum([size for fact in facts for size in fact[:3]])
     ids = iter(np.split(content[40:end].view(np.int32), ends[:-1]))
     return Dataset([Pair(next(ids), next(ids), next(ids), *fact[3:]) for fact in facts], *counts, tuple(forms))
-
-
-def _digest(key: str, content) -> bytes:
-    digest = hashlib.sha256(key.encode())
-    digest.update(content[32:])
-    return digest.digest()
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -985,15 +968,11 @@ class PackedRow(NamedTuple):
     source: Tensor               # (N,) where in T the prediction of scored token n stands
     target: Tensor               # (N,) id of scored token n
     owner: Tensor                # (N,) the response it belongs to: group * R + response
+    place: Tensor                # (N,) where in its response it stands, from 0
     length: Tensor               # (P, R) scored tokens of each response
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self[:5]
-
-    def place(self) -> Tensor:
-        """(N,) where in its response each scored token stands, from 0."""
-        ends = self.length.flatten().cumsum(0)
-        return torch.arange(len(self.owner), device=self.owner.device) - (ends - self.length.flatten())[self.owner]
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """(N,) values of scored tokens -> (P, R) sums over each response, added up in float64: in any order alike."""
@@ -1007,7 +986,8 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
     prompt.  Raises ValueError if a group has more responses than that leaves room for."""
     if any(len(group) > branches for group in groups):
         raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
-    tokens, positions, segments, source, target, owner, at = [], [], [], [], [], [], 0
+    fields, at = [[] for _ in range(7)], 0
+    tokens, positions, segments, source, target, owner, place = fields
     filled = groups or [([0], [], [])]                                    # a row with nothing scored: one lone token
     for g, group in enumerate(filled):
         size, fork = len(group[0]), at + len(group[0]) - 1                # whence the first token is predicted
@@ -1020,8 +1000,9 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
                 source.append(np.concatenate([[fork], np.arange(at, at + len(part))])[:len(ids)])
                 target.append(ids)
                 owner.append(np.full(len(ids), g * (len(group) - 1) + b - 1))
+                place.append(np.arange(len(ids)))
             at += len(part)
-    row = [to_device(np.concatenate(parts), device) for parts in (tokens, positions, segments, source, target, owner)]
+    row = [to_device(np.concatenate(parts), device) for parts in fields]
     length = to_device([[len(ids) for ids in responses] for _, *responses in filled], device)[:len(groups)]
     return PackedRow(*(each[None] for each in row[:3]), *row[3:], length)
 

@@ -70,7 +70,7 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], step: 
     weighted, ref_logp = plain, split.ref_logp[at]
     if method.token_weights != "equal":
         ref_tokens, mask = split.token_inputs(method.token_weights, indices, step)      # (N,)
-        a = mallowspo.token_weights(method, logp, row.place(), mask)
+        a = mallowspo.token_weights(method, logp, row.place, mask)
         weighted, ref_logp = row.sum_by_response(a * logp), row.sum_by_response(a * ref_tokens)
     return mallowspo.objective(method, weighted, ref_logp, row.length, split.weight[at], plain, split.advantage[at])
 
