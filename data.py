@@ -711,15 +711,6 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def parse_line(line: bytes, need_rejected: bool, columns: dict[str, str] | None) -> Record | BadData:
-    """What stands in a line, or what is wrong with it."""
-    try:
-        return parse(decode_json(line), need_rejected, columns)
-    except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
-        kind = NoPreference if isinstance(error, NoPreference) else BadData
-        return kind(f"{error!s:.500}")
-
-
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
                columns: dict[str, str] | None = None) -> Iterator[tuple]:
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
@@ -729,7 +720,13 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
         block, end = [], None
         try:
             for where, line in itertools.islice(lines, 64):
-                block.append((where, parse_line(line, need_rejected, columns)))
+                try:
+                    record = parse(decode_json(line), need_rejected, columns)
+                except NoPreference as error:
+                    record = error
+                except (BadData, RecursionError) as error:          # the latter from thousands of brackets
+                    record = BadData(f"{error!s:.500}")
+                block.append((where, record))
         except BadData as error:                                    # the file's; what is before it comes first
             end = error
         good = [record for _, record in block if isinstance(record, Record)]
@@ -809,7 +806,7 @@ def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tok
     return dataset
 
 
-def write_dataset(dataset: Dataset, key: str) -> bytes:
+def write_dataset(dataset: Dataset, key: str) -> bytearray:
     """What read_dataset reads if it has the same key, and every bit is as it was: a digest (32 bytes), how many token
     ids there are (8), the ids, and all else as JSON."""
     facts = [dataset[1:], *([*map(len, pair[:3]), *pair[3:]] for pair in dataset.pairs)]
@@ -986,25 +983,22 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
     prompt.  Raises ValueError if a group has more responses than that leaves room for."""
     if any(len(group) > branches for group in groups):
         raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
-    fields, at = [[] for _ in range(7)], 0
-    tokens, positions, segments, source, target, owner, place = fields
     filled = groups or [([0], [], [])]                                    # a row with nothing scored: one lone token
-    for g, group in enumerate(filled):
-        size, fork = len(group[0]), at + len(group[0]) - 1                # whence the first token is predicted
-        for b, ids in enumerate(group):
-            part = ids[:-1] if b else ids
-            tokens.append(part)
-            positions.append(np.arange(len(part)) + (size if b else 0))
-            segments.append(np.full(len(part), g * branches + b))
-            if b:
-                source.append(np.concatenate([[fork], np.arange(at, at + len(part))])[:len(ids)])
-                target.append(ids)
-                owner.append(np.full(len(ids), g * (len(group) - 1) + b - 1))
-                place.append(np.arange(len(ids)))
-            at += len(part)
-    row = [to_device(np.concatenate(parts), device) for parts in fields]
-    length = to_device([[len(ids) for ids in responses] for _, *responses in filled], device)[:len(groups)]
-    return PackedRow(*(each[None] for each in row[:3]), *row[3:], length)
+    length = np.array([[len(ids) for ids in responses] for _, *responses in filled])                      # (P, R)
+    parts = [ids[:-1] if b else ids for group in filled for b, ids in enumerate(group)]
+    size = np.array([len(part) for part in parts]).reshape(len(filled), -1)                               # (P, 1 + R)
+    start = (size.cumsum() - size.ravel()).reshape(size.shape)            # of each part in T             # (P, 1 + R)
+    segments = branches * np.arange(len(filled))[:, None] + np.arange(size.shape[1])                      # (P, 1 + R)
+    shift = np.where(np.arange(size.shape[1]) > 0, size[:, :1], 0) - start  # place in T -> position      # (P, 1 + R)
+    owner = np.repeat(np.arange(length.size), length.ravel())                                             # (N,)
+    place = np.arange(len(owner)) - (length.cumsum() - length.ravel())[owner]                             # (N,)
+    fork = np.broadcast_to(start[:, :1] + size[:, :1] - 1, length.shape)  # what predicts the first token  (P, R)
+    source = np.where(place > 0, start[:, 1:].ravel()[owner] + place - 1, fork.ravel()[owner])            # (N,)
+    segments, shift = (np.repeat(values.ravel(), size.ravel()) for values in (segments, shift))           # (T,)
+    row = np.concatenate(parts), np.arange(size.sum()) + shift, segments                                  # (T,) each
+    target = np.concatenate([ids for _, *responses in filled for ids in responses])                       # (N,)
+    return PackedRow(*(to_device(values[None], device) for values in row),
+                     *(to_device(values, device) for values in (source, target, owner, place, length[:len(groups)])))
 
 
 def to_device(values, device: str | torch.device, dtype: torch.dtype | None = torch.int64) -> Tensor:

@@ -859,7 +859,7 @@ def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
     """200 times a bit of it is flipped, or its end is cut off: it is made again, or was as before."""
     rows = [{**GOOD, "chosen": f" yes {i}", "votes": [i + 1, 0], "scores": [i, 0.5]} for i in range(20)]
     write_jsonl(tmp_path / "f.jsonl", rows)
-    path, settings = tmp_path / "cache/f.safetensors", (50, 0.1, False, True, (), None, iter)
+    path, settings = tmp_path / "cache/f.pairs", (50, 0.1, False, True, (), None, iter)
     written = []
 
     def write(path, content):
