@@ -12,8 +12,10 @@ import contextlib
 import csv
 import difflib
 import faulthandler
+import functools
 import gzip
 import hashlib
+import hmac
 import itertools
 import json
 import math
@@ -33,8 +35,6 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 import mallowspo
@@ -61,28 +61,34 @@ FORMS = {
 TURN = "\n\nAssistant:"        # Anthropic's dialogues: the last one of these ends the prompt
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-
-# Files that people have: the columns that a record is known by, and what makes it one of ours, of messages.
+# Files that people have: the columns that a record is known by, and what makes (prompt, [chosen, rejected]) of it, and
+# votes, if it has some.
 SHAPES = {
-    "Orca": ("system question chosen rejected", lambda r: _asked(r, r["question"], system=r["system"])),
-    "argilla's Orca": ("system input chosen rejected", lambda r: _asked(r, r["input"], system=r["system"])),
-    "Alpaca": ("instruction chosen rejected", lambda r: _asked(r, _instruction(r))),
-    "Alpaca, two outputs": ("instruction output", lambda r: _asked(r, _instruction(r), "output")),
-    "stack-exchange": ("question response_j response_k", lambda r: _asked(r, r["question"], "response_j response_k")),
+    "Orca": ("system question chosen rejected", lambda r: (_asked(r["question"], r["system"]), _pair(r))),
+    "argilla's Orca": ("system input chosen rejected", lambda r: (_asked(r["input"], r["system"]), _pair(r))),
+    "Alpaca": ("instruction chosen rejected", lambda r: (_instruction(r), _pair(r))),
+    "Alpaca, two outputs": ("instruction output", lambda r: (_instruction(r), _pair(r, "output"))),
+    "stack-exchange": ("question response_j response_k",
+                       lambda r: (_asked(r["question"]), _pair(r, "response_j response_k"))),
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id",
-                     lambda r: _asked(r, r["prompt"], "response_0 response_1", "better_response_id")),
+                     lambda r: (_asked(r["prompt"]), _pair(r, "response_0 response_1", "better_response_id"))),
     "ShareGPT": ("conversations chosen rejected", lambda r: _sharegpt(r)),
     "SHP": ("history human_ref_A human_ref_B labels score_A score_B",
-            lambda r: {**_asked(r, r["history"], "human_ref_B human_ref_A", "labels"),
-                       "votes": _pair(r, "score_B score_A", "labels")}),
+            lambda r: (_asked(r["history"]), _pair(r, "human_ref_B human_ref_A", "labels"),
+                       _pair(r, "score_B score_A", "labels"))),
     "HelpSteer3": ("context response1 response2 overall_preference individual_preference", lambda r: _helpsteer(r)),
 }
-FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
 FORMS |= {name: f"columns {columns}" for name, (columns, _) in SHAPES.items()}
+FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
 
-# What else a record may carry, and the flag that uses it.
-FIELDS = {"dispersion": "--dispersion field", "votes": "--dispersion votes", "scores": "--dispersion scores",
-          "rewards": "--advantage"}
+# What else a record may carry: the flag that uses it, whether a value fits, and what it has to be.
+FIELDS = {
+    "dispersion": ("--dispersion field", lambda x: _numbers([x], 1) and 0 < x <= 1, "a number phi with 0 < phi <= 1"),
+    "votes": ("--dispersion votes", lambda x: _numbers(x, 2, (int,)) and min(x) >= 0 and 0 < max(x) < 1 << 31,
+              "[for chosen, for rejected], two counts of which one is above 0"),
+    "scores": ("--dispersion scores", lambda x: _numbers(x, 2), "[of chosen, of rejected], two numbers"),
+    "rewards": ("--advantage", lambda x: _numbers(x, 2), "[of chosen, of rejected], two numbers"),
+}
 
 
 class Record(NamedTuple):
@@ -96,74 +102,6 @@ class Record(NamedTuple):
     form: str
 
 
-def _asked(record: dict, question: str, responses: str = "chosen rejected", label: str | None = None,
-           system: str | None = None) -> dict:
-    """A record of ours from a question, the columns of the responses, see _pair, and what a system message says."""
-    chosen, rejected = _pair(record, responses, label)
-    before = [] if system in (None, "") else [{"role": "system", "content": system}]
-    prompt = [*before, {"role": "user", "content": question}]
-    return {**record, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _instruction(record: dict) -> str:
-    parts = [record["instruction"], record.get("input") or ""]
-    if not all(isinstance(part, str) for part in parts):
-        raise BadData(f"'instruction' is {_kind(parts[0])} and 'input' {_kind(parts[1])}, not texts")
-    return "\n\n".join(filter(None, parts))
-
-
-def _pair(record: dict, columns: str, label: str | None = None) -> list:
-    """The values of two columns, or the two in one, the better one first: the label, if any, is its number, 0 or 1."""
-    found = [record[name] for name in columns.split()]
-    pair = found if len(found) == 2 else found[0]
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise BadData(f"{columns!r} is {_kind(pair)}, not [chosen, rejected]")
-    if label and record[label] not in (0, 1):
-        raise BadData(f"{label!r} is {record[label]!r:.50}, neither 0 nor 1")
-    return pair[::-1] if label and record[label] else pair
-
-
-def _sharegpt(record: dict) -> dict:
-    def message(part):
-        if not isinstance(part, dict) or not isinstance(part.get("from"), str) or "value" not in part:
-            raise BadData(f"a message is {_kind(part)}, not one with 'from' and 'value'")
-        return {"role": FROM.get(part["from"], part["from"]), "content": part["value"]}
-    if not isinstance(record["conversations"], list):
-        raise BadData(f"'conversations' is {_kind(record['conversations'])}, not a list of messages")
-    return {**record, "prompt": [message(part) for part in record["conversations"]],
-            "chosen": [message(record["chosen"])], "rejected": [message(record["rejected"])]}
-
-
-def _helpsteer(record: dict) -> dict:
-    """Preferences go from -3 (response1) to 3 (response2); those of single annotators are votes."""
-    overall, people = record["overall_preference"], record["individual_preference"]
-    if not isinstance(people, list | None) or not all(isinstance(person, dict) for person in people or ()):
-        raise BadData(f"'individual_preference' is {people!r:.50}, not a list of objects with 'score'")
-    marks = [person.get("score") for person in people or ()]
-    if not all(type(mark) is int and -3 <= mark <= 3 for mark in [overall, *marks]):
-        raise BadData(f"its preferences are {overall!r:.50} and {marks!r:.50}, not numbers from -3 to 3")
-    if overall == 0:
-        raise NoPreference("'overall_preference' is 0: no preference")
-    order = 1 if overall < 0 else -1
-    chosen, rejected = [record["response1"], record["response2"]][::order]
-    votes = [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)][::order]
-    return {"prompt": record["context"], "chosen": chosen, "rejected": rejected, "votes": votes if any(votes) else None}
-
-
-def reshape(item: dict) -> tuple[str | None, dict]:
-    """The name of the shape that a record's columns show, and the record with our names; None: it has ours."""
-    fits = [name for name, (columns, _) in SHAPES.items() if set(columns.split()) <= item.keys()]
-    if not fits or {"prompt", "chosen"} <= item.keys():
-        return None, item
-    if len(fits) > 1:
-        raise BadData(f"has the columns of {' and of '.join(fits)} ({', '.join(map(repr, item))}): say which are "
-                      "meant, by --columns prompt=... chosen=... rejected=...")
-    try:
-        return fits[0], SHAPES[fits[0]][1](item)
-    except BadData as error:
-        raise type(error)(f"taken for {fits[0]}: {error}") from None
-
-
 def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = None) -> Record:
     """A decoded record -> Record.  columns: our name -> its name there.  Raises BadData that says what is wrong."""
     if not isinstance(item, dict):
@@ -173,9 +111,9 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
             raise BadData(f"has no {theirs!r}, which --columns takes for {ours} (it has {', '.join(map(repr, item))})")
     shape, item = reshape({**item, **{ours: item[theirs] for ours, theirs in (columns or {}).items()}})
     names = ["chosen", "rejected"] if need_rejected or "rejected" in item else ["chosen"]
-    found = f"(it has {', '.join(map(repr, item)) or 'nothing'})"
     if isinstance(item.get("data"), list) and "chosen" not in item:
         raise BadData("holds its records under 'data': write that list alone, as a JSON array")
+    found = f"(it has {', '.join(map(repr, item)) or 'nothing'})"
     if (missing := [name for name in ("prompt", *names) if name not in item]) not in ([], ["prompt"]):
         raise BadData(f"has no {missing[0]!r} {found}")
     prompt, *sides = [_text(name, item[name]) if name in item else None for name in ("prompt", *names)]
@@ -190,21 +128,81 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
     return Record(prompt, *[*sides, ""][:2], *_fields(item), shape or form)
 
 
+def reshape(item: dict) -> tuple[str | None, dict]:
+    """The name of the shape that a record's columns show, and the record with our names; None: it has ours."""
+    fits = [name for name, (columns, _) in SHAPES.items() if set(columns.split()) <= item.keys()]
+    if not fits or {"prompt", "chosen"} <= item.keys():
+        return None, item
+    if len(fits) > 1:
+        raise BadData(f"has the columns of {' and of '.join(fits)} ({', '.join(map(repr, item))}): say which are "
+                      "meant, by --columns prompt=... chosen=... rejected=...")
+    try:
+        prompt, (chosen, rejected), *votes = SHAPES[fits[0]][1](item)
+    except BadData as error:
+        raise type(error)(f"taken for {fits[0]}: {error}") from None
+    return fits[0], {**item, "prompt": prompt, "chosen": chosen, "rejected": rejected, **dict(zip(["votes"], votes))}
+
+
+def _asked(question, system=None) -> list[dict]:
+    before = [] if system in (None, "") else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": question}]
+
+
+def _instruction(record: dict) -> list[dict]:
+    parts = [record["instruction"], record.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise BadData(f"'instruction' is {_kind(parts[0])} and 'input' {_kind(parts[1])}, not texts")
+    return _asked("\n\n".join(filter(None, parts)))
+
+
+def _pair(record: dict, columns: str = "chosen rejected", label: str | None = None) -> list:
+    """The values of two columns, or the two in one, the better one first: the label, if any, is its number, 0 or 1."""
+    pair = record[columns] if columns in record else [record[name] for name in columns.split()]
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise BadData(f"{columns!r} is {_kind(pair)}, not [chosen, rejected]")
+    if label and record[label] not in (0, 1):
+        raise BadData(f"{label!r} is {record[label]!r:.50}, neither 0 nor 1")
+    return pair[::-1] if label and record[label] else pair
+
+
+def _sharegpt(record: dict) -> tuple:
+    if not isinstance(record["conversations"], list):
+        raise BadData(f"'conversations' is {_kind(record['conversations'])}, not a list of messages")
+    messages = [*record["conversations"], record["chosen"], record["rejected"]]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("from"), str) or "value" not in message:
+            raise BadData(f"a message is {_kind(message)}, not one with 'from' and 'value'")
+    *prompt, chosen, rejected = [{"role": FROM.get(x["from"], x["from"]), "content": x["value"]} for x in messages]
+    return prompt, ([chosen], [rejected])
+
+
+def _helpsteer(record: dict) -> tuple:
+    """Preferences go from -3 (response1) to 3 (response2); those of single annotators are votes."""
+    overall, people = record["overall_preference"], record["individual_preference"] or []
+    if not isinstance(people, list) or not all(isinstance(person, dict) for person in people):
+        raise BadData(f"'individual_preference' is {people!r:.50}, not a list of objects with 'score'")
+    marks = [person.get("score") for person in people]
+    if not all(type(mark) is int and -3 <= mark <= 3 for mark in [overall, *marks]):
+        raise BadData(f"its preferences are {overall!r:.50} and {marks!r:.50}, not numbers from -3 to 3")
+    if overall == 0:
+        raise NoPreference("'overall_preference' is 0: no preference")
+    votes = [sum(mark < 0 for mark in marks), sum(mark > 0 for mark in marks)]
+    order = 1 if overall < 0 else -1
+    return (record["context"], [record["response1"], record["response2"]][::order],
+            votes[::order] if any(votes) else None)
+
+
 def _fields(item: dict) -> list:
     """The values of FIELDS, None where there is none; UltraFeedback has its scores in two columns."""
     rated = [item.get("score_chosen"), item.get("score_rejected")]
     if rated != [None, None]:
         item = {"scores": rated, **item}
-    phi, votes, scores, rewards = found = [item.get(name) for name in FIELDS]
-    if phi is not None and not (_numbers([phi], 1) and 0 < phi <= 1):
-        raise BadData(f"'dispersion' is {phi!r:.200}, not a number phi with 0 < phi <= 1")
-    if votes is not None and not (_numbers(votes, 2, (int,)) and min(votes) >= 0 and 0 < max(votes) < 1 << 31):
-        raise BadData(f"'votes' is {votes!r:.200}, not [for chosen, for rejected], two counts of which one is above 0")
-    for name, pair in (("scores", scores), ("rewards", rewards)):
-        if pair is not None and not _numbers(pair, 2):
-            raise BadData(f"its {name} are {pair!r:.200}, not numbers of [chosen, rejected]")
-    if scores and rated not in ([None, None], scores):
-        raise BadData(f"'scores' is {scores}, but score_chosen and score_rejected are {rated}")
+    found = [item.get(name) for name in FIELDS]
+    for value, (name, (_, fits, what)) in zip(found, FIELDS.items()):
+        if value is not None and not fits(value):
+            raise BadData(f"{name!r} is {value!r:.200}, not {what}")
+    if item.get("scores") and rated not in ([None, None], item["scores"]):
+        raise BadData(f"'scores' is {item['scores']}, but score_chosen and score_rejected are {rated}")
     return found
 
 
@@ -216,10 +214,13 @@ def plain(text: Text) -> str:
     return text if isinstance(text, str) else "".join(message["content"] for message in text)
 
 
+TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _text(name: str, value) -> Text:
     """A string, or messages whose contents are strings (a content of text parts is joined); checked."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        TO_JSON(value).encode()
     except UnicodeEncodeError:
         raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no "
                       "character") from None
@@ -296,79 +297,79 @@ def decode_json(text: bytes, where: str = ""):
 
 LONGEST = 1 << 22, 3 << 24     # bytes of a record, and of an array: tokens take 200 times the memory, lists 20 times
 DENSEST = 50                   # times its size, and a record, is what a .gz file may hold
+BOM = b"\xef\xbb\xbf"
+NUMBERS = {*FIELDS, "score_chosen", "score_rejected", "better_response_id", "labels", "score_A", "score_B",
+           "overall_preference"}                        # columns of CSV that hold no text
 REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
     """("file:line", text) of each line that is not blank, or of each item of an array, or row of a table, as JSON.
     Raises BadData."""
-    path = fetch(name)
+    path, number = fetch(name), 0
     if path.is_dir():
         raise BadData(f"{name}: a folder; give its files, or of one by datasets' save_to_disk make one: "
                       "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
-    begin = _begin(path)
-    reader = next(reader for fits, reader in READERS if fits(path.suffixes, begin))
-    yield from ((f"{name}:{number}", text) for number, text in reader(name, path) if text.strip())
-
-
-def _open(path: Path):
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
-
-
-def _begin(path: Path) -> bytes:
-    """What a file begins with; nothing of a pipe, which can be read once, nor of what is no .gz file."""
-    if path.is_file():
-        with contextlib.suppress(EOFError, OSError, zlib.error), _open(path) as file:
-            return file.read(4096).removeprefix(BOM).lstrip()
-    return b""
-
-
-def _lines(name, path: Path, whole: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line, or of all that is there, within bounds."""
-    number, size, most = 0, 0, LONGEST[whole]
     try:
-        with _open(path) as file:
-            room = LONGEST[0] + DENSEST * path.stat().st_size if path.suffix == ".gz" else math.inf
-            read = file.read if whole else file.readline
-            for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
-                size += len(line)
-                if len(line) > most:
-                    raise BadData(f"{name}:{number}: longer than {most:,} bytes; write one record a line")
-                if size > room:
-                    raise BadData(f"{name}:{number}: over {DENSEST} times the size of the gzip file; unpack it, if you "
-                                  "trust it")
-                yield number, line.removeprefix(BOM) if number == 1 else line
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            begin, reader = file.peek(4096).removeprefix(BOM).lstrip(), _lines
+            if begin.startswith(b"PAR1"):
+                reader = _parquet_rows
+            elif ".csv" in path.suffixes:
+                reader = _csv_rows
+            elif ".json" in path.suffixes and begin.startswith(b"["):
+                reader = _items
+            for number, text in reader(name, file):
+                if len(text) > LONGEST[0]:
+                    raise BadData(f"{name}:{number}: longer than {LONGEST[0]:,} bytes; write one record a line")
+                if text.strip():
+                    yield f"{name}:{number}", text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{name}:{number + 1}: the gzip file is broken ({error})") from None
     except OSError as error:
         raise BadData(f"{name}: {error.strerror or error}") from None
 
 
-def _items(name, path: Path) -> Iterator[tuple[int, bytes]]:
-    for _, text in _lines(name, path, whole=True):
+def _lines(name, file, most: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line; with most, of all that is there.  What is too long is not read to its end."""
+    read, most = (file.read, most) if most else (file.readline, LONGEST[0])
+    packed, size = isinstance(file, gzip.GzipFile), 0
+    room = LONGEST[0] + DENSEST * os.fstat(file.fileno()).st_size
+    for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
+        size += len(line)
+        if len(line) > most:
+            raise BadData(f"{name}:{number}: longer than {most:,} bytes; write one record a line")
+        if packed and size > room:
+            raise BadData(f"{name}:{number}: over {DENSEST} times the size of the gzip file; unpack it, if you "
+                          "trust it")
+        yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _items(name, file) -> Iterator[tuple[int, bytes]]:
+    for _, text in _lines(name, file, LONGEST[1]):
         try:
             yield from enumerate((json.dumps(item).encode() for item in decode_json(text)), 1)
         except (BadData, RecursionError) as error:
             raise BadData(f"{name}:1: {error!s:.500}") from None
 
 
-def _parquet_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
+def _parquet_rows(name, file) -> Iterator[tuple[int, bytes]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise BadData(f"{name}: to read Parquet, pip install pyarrow") from None
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from enumerate((json.dumps(row, default=str).encode() for row in rows), 1)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadData(f"{name}: the Parquet file is broken ({' '.join(str(error).split()):.300})") from None
 
 
-def _csv_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
+def _csv_rows(name, file) -> Iterator[tuple[int, bytes]]:
     """By the header's names; what is not text there is written as in JSON."""
     csv.field_size_limit(LONGEST[0])
-    rows = csv.DictReader((line.decode() for _, line in _lines(name, path)), strict=True)
+    rows = csv.DictReader((line.decode() for _, line in _lines(name, file)), strict=True)
     try:
         for row in rows:
             if None in row or None in row.values():
@@ -379,15 +380,6 @@ def _csv_rows(name, path: Path) -> Iterator[tuple[int, bytes]]:
             yield rows.line_num, json.dumps(row).encode()
     except (csv.Error, UnicodeError) as error:
         raise BadData(f"{name}:{rows.line_num}: not CSV ({error})") from None
-
-
-BOM = b"\xef\xbb\xbf"
-NUMBERS = {*FIELDS, "score_chosen", "score_rejected", "better_response_id", "labels", "score_A", "score_B",
-           "overall_preference"}                        # columns that hold no text
-READERS = [(lambda suffixes, begin: begin.startswith(b"PAR1"), _parquet_rows),
-           (lambda suffixes, begin: ".csv" in suffixes, _csv_rows),
-           (lambda suffixes, begin: ".json" in suffixes and begin.startswith(b"["), _items),
-           (lambda suffixes, begin: True, _lines)]
 
 
 def fetch(name: str | Path) -> Path:
@@ -417,9 +409,18 @@ def _download(match: re.Match, **files) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Tokens
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-         "generation_config.json", "config.json")      # what decides on the ids
 RENDERING = 5.0, 1 << 30       # seconds and bytes that a chat template may take: it is a stranger's program
+
+
+@contextlib.contextmanager
+def complaint(what: str):
+    """BadData in place of what the code of others raises, which can be anything: a panic in Rust is no Exception."""
+    try:
+        yield
+    except (BadData, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise BadData(f"{what} ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
 
 
 @contextlib.contextmanager
@@ -447,14 +448,15 @@ def compile_template(source: str):
     """A chat template in jinja2's sandbox, with what transformers gives to it."""
     import jinja2.sandbox
 
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def is_safe_attribute(self, obj, attr, value):  # of loops, which templates ask in each turn: the same, sooner
+            loop = type(obj) is jinja2.runtime.LoopContext and not attr.startswith("_")
+            return loop or super().is_safe_attribute(obj, attr, value)
+
     def raise_exception(message):
         raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    world = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                         extensions=["jinja2.ext.loopcontrols"])
-    world.filters["tojson"] = tojson
+    world = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    world.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     world.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     # {% generation %} marks what the assistant says: here a scope, no more.
     template = world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
@@ -473,17 +475,6 @@ def _settings(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-@contextlib.contextmanager
-def complaint(what: str):
-    """BadData in place of what the tokenizers library raises: no class of its own, and panics are no Exceptions."""
-    try:
-        yield
-    except (BadData, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise BadData(f"{what} ({error})") from None
-
-
 class Tokenizer:
     """The tokenizer.json of a model folder and its chat template, with the one way we use them."""
 
@@ -491,58 +482,67 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise BadData(f"{folder}: no tokenizer.json there")
-        config, own = _settings(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
         with complaint(f"{folder}: not a tokenizer"):
-            self.backend = tokenizers.Tokenizer.from_buffer(_read(folder / "tokenizer.json"))
-            template = _read(own).decode() if own.is_file() else config.get("chat_template")
+            content, settings = _read(folder / "tokenizer.json"), {}
+            for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if "added_tokens_decoder" not in settings:          # older folders name their tokens in the last one
+                    settings |= {key: x for key, x in _settings(folder / name).items() if x is not None}
+            self.backend = tokenizers.Tokenizer.from_buffer(content)
             self.backend.no_truncation()
             self.backend.no_padding()
-            if "added_tokens_decoder" not in config:    # older folders name their tokens elsewhere
-                config |= _settings(folder / "special_tokens_map.json")
-            tokens = {key: token.get("content") if isinstance(token, dict) else token
-                      for key, token in config.items() if key.endswith("_token")}
-            self.tokens = {key: token for key, token in tokens.items() if isinstance(token, str)}  # names for templates
+            named = {key: token.get("content") if isinstance(token, dict) else token
+                     for key, token in settings.items() if key.endswith("_token")}
+            self.tokens = {key: token for key, token in named.items() if isinstance(token, str)}  # names for templates
+            own = folder / "chat_template.jinja"
+            template = _read(own).decode() if own.is_file() else settings.get("chat_template")
             if isinstance(template, list):
                 template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
             self.template = template                    # a string, once used compiled; None without
-            self.eos = self._find_eos(folder)
-            added = self.backend.get_added_tokens_decoder()
-            self.ends = {self.eos, *(i for i in added if added[i].content.strip())}  # a turn of a chat ends with one
-            marks = sorted((added[i].content for i in added if added[i].content.strip()), key=len, reverse=True)
-            self.mark = re.compile("|".join(map(re.escape, marks)) or "(?!)")
-            added, plain = self.backend.encode("a").ids, self._encode("a")
-            self.bos = next((added[:i] for i in range(len(added)) if added[i:i + len(plain)] == plain), None)
-            if not plain or self.bos is None:
-                raise BadData(f"{folder}: its tokenizer makes {plain} of 'a', and with special tokens {added}")
-            # Some tokenizers put a space before every text; behind an anchor they do not.
-            files = [folder / name for name in FILES if (folder / name).is_file()]
+            self.eos = self.backend.token_to_id(self.tokens.get("eos_token", ""))
+            if self.eos is None:
+                ids = settings.get("eos_token_id")
+                self.eos = ids[0] if isinstance(ids, list) and ids else ids
+            if type(self.eos) is not int or not 0 <= self.eos < 1 << 31 or self.backend.id_to_token(self.eos) is None:
+                raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
             day = datetime.now().strftime("%x") if "strftime" in str(template) else ""
-            self.digest = hashlib.sha256(b"".join(map(_read, files)) + day.encode()).hexdigest()
-            self.anchor = "" if self.text(self._encode("a") + self._encode("b")) == "ab" else "\n"
+            self.digest = hashlib.sha256(content + json.dumps([settings, template, day]).encode()).hexdigest()
+            self._try_out(folder)
 
-    def _find_eos(self, folder: Path) -> int:
-        if (found := self.backend.token_to_id(self.tokens.get("eos_token", ""))) is not None:
-            return found
-        for name in ("generation_config.json", "config.json"):
-            found = _settings(folder / name).get("eos_token_id")
-            found = found[0] if isinstance(found, list) and found else found
-            if type(found) is int and 0 <= found < 1 << 31 and self.backend.id_to_token(found) is not None:
-                return found
-        raise BadData(f"{folder}: no end token: name eos_token in tokenizer_config.json")
+    def _try_out(self, folder: Path) -> None:
+        """What this tokenizer does at the start of a text, and what behind its added tokens."""
+        letter, started = self._encode("a"), self.backend.encode("a").ids
+        starts = [started[:i] for i in range(len(started)) if started[i:i + len(letter)] == letter]
+        if not letter or not starts:
+            raise BadData(f"{folder}: its tokenizer makes {letter} of 'a', and with special tokens {started}")
+        self.bos = starts[0]
+        # Some tokenizers put a space before every text; behind an anchor they do not.
+        self.anchor = "" if self.text(letter + self._encode("b")) == "ab" else "\n"
+        decoder = self.backend.get_added_tokens_decoder()
+        added = {i: token.content for i, token in decoder.items() if token.content.strip()}
+        self.ends = {self.eos, *added}                  # a turn of a chat ends with one
+        marks, tails = sorted(added.values(), key=len, reverse=True), ("", "a", "\na")
+        found = zip(marks, *(self._encode_all([mark + tail for mark in marks]) for tail in tails))
+        anew = [mark for mark, alone, *more in found if more == [alone + self._encode(tail) for tail in tails[1:]]]
+        self.mark = re.compile("|".join(map(re.escape, anew)) or "(?!)")       # behind these encoding starts anew
+        self._lead = functools.lru_cache(64)(self._encode)
+        self._blank = functools.lru_cache(64)(lambda *ids: not self.text(ids).strip())
 
-    @contextlib.contextmanager
-    def _limited(self, last: bool = True):
-        """Within the limit of a rendering.  BadData in place of what a template raises, which can be anything; what
-        takes too long is not tried again, if this was the last try."""
-        try:
-            with bounded(*RENDERING):
-                yield
-        except BadData:
-            raise
-        except Exception as error:
-            if last and isinstance(error, TimeoutError):
-                self.template = "{{ raise_exception('it takes too long') }}"
-            raise BadData(f"the chat template fails ({type(error).__name__}: {repr(str(error)[:300])[1:-1]})") from None
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        with complaint("the tokenizer fails"):
+            return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_all([text])[0]
+
+    def text(self, ids) -> str:
+        with complaint("the tokenizer fails"):
+            return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def render(self, chat: list[dict], answer: bool) -> str:
+        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.  A message
+        that spells a special token becomes that token, as in transformers.  Raises BadData."""
+        with complaint("the chat template fails"), bounded(*RENDERING):
+            return self._render(chat, answer)
 
     def _render(self, chat: list[dict], answer: bool) -> str:
         if self.template is None:
@@ -551,42 +551,20 @@ class Tokenizer:
             self.template = compile_template(self.template)
         text = self.template.render(messages=chat, tools=None, documents=None, add_generation_prompt=answer,
                                     **self.tokens)
-        if len(text) > (1 << 20) + 8 * len(plain(chat)):
+        if len(text) > 1 << 20 and len(text) > (1 << 20) + 8 * len(plain(chat)):
             raise OverflowError(f"{len(text):,} characters from {len(plain(chat)):,}")
         return text
-
-    def render(self, chat: list[dict], answer: bool) -> str:
-        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.  A message
-        that spells a special token becomes that token, as in transformers.  Raises BadData."""
-        with self._limited():
-            return self._render(chat, answer)
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        with complaint("the tokenizer fails"):
-            return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _text_all(self, parts: list) -> list[str]:
-        with complaint("the tokenizer fails"):
-            return self.backend.decode_batch(parts, skip_special_tokens=False)
-
-    def _encode(self, text: str) -> list[int]:
-        return self._encode_all([text])[0]
-
-    def text(self, ids) -> str:
-        return self._text_all([list(ids)])[0]
 
     def prompt(self, text: Text) -> list[int]:
         """Ids of a string, with the token that starts a text; or of a chat, with the beginning of the assistant's
         turn, where the template alone decides on a token that starts it."""
-        if isinstance(text, list):
-            return self._encode(self.render(text, True))
-        return self._start(self._encode(text))
+        return self._start(self._encode(text)) if isinstance(text, str) else self._encode(self.render(text, True))
 
     def response(self, text: str) -> list[int]:
         """Ids of a text that continues another one, and the end token (once)."""
-        return self._end(self._behind_anchor(text))
+        return self._end(self._continue(text))
 
-    def _behind_anchor(self, text: str) -> list[int]:
+    def _continue(self, text: str) -> list[int]:
         return self._encode(self.anchor + text)[len(self._encode(self.anchor)):]
 
     def _start(self, ids: list[int]) -> list[int]:
@@ -604,80 +582,63 @@ class Tokenizer:
         return found
 
     def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """The ids of many records, or what `pair` raises of each.  All chats are rendered within one limit, all texts
-        encoded at once and all ids decoded at once; if a record prevents that, each is done alone."""
+        """The ids of many records, or what `pair` raises of each.  All chats are rendered within one limit, and all
+        texts encoded at once; if a record prevents that, each is done alone."""
         try:
-            with self._limited(last=len(records) == 1):
-                spelled = [self._spell(record) for record in records]
-            wanted = list(dict.fromkeys(text for each in spelled for text in (each.start, each.lead, *each.pieces)))
-            known = dict(zip(wanted, self._encode_all(wanted)))
-            drafts = [self._draft(each, known) for each in spelled]
-            decoded = iter(self._text_all([whole for _, wholes in drafts for whole in wholes]))
+            with complaint("the chat template fails"), bounded(*RENDERING):
+                texts = [self._spell(record) for record in records]
+            wanted = [[start, *(lead + answer for answer in answers)] for start, lead, *answers in texts]
+            ids = iter(self._encode_all([*itertools.chain(*wanted)]))
+            return [self._ids(record, each, [next(ids) for _ in each[1:]]) for record, each in zip(records, texts)]
         except BadData as error:
-            if len(records) == 1:
-                return [BadData(f"{error!s:.500}")]
-            return [self.pairs([record])[0] for record in records]
-        return [self._check(each, prompt, wholes, [next(decoded) for _ in wholes])
-                for each, (prompt, wholes) in zip(spelled, drafts)]
+            if len(records) > 1:
+                return [self.pairs([record])[0] for record in records]
+            if "TimeoutError" in str(error):                        # it is not tried again
+                self.template = "{{ raise_exception('it takes too long') }}"
+            return [BadData(f"{error!s:.500}")]
 
-    def _spell(self, record: Record) -> "Spelled":
+    def _spell(self, record: Record) -> list[str]:
+        """The prompt, a lead, and what each response adds to the prompt.  A response is encoded behind the lead, whose
+        ids are then taken away: the anchor, or in a chat what follows the prompt's last added token."""
         sides = [side for side in (record.chosen, record.rejected) if side]
         if isinstance(record.prompt, str):
-            wholes = [record.prompt + side for side in sides]
-            return Spelled(False, record.prompt, wholes, self.anchor, [self.anchor + side for side in sides])
+            return [record.prompt, self.anchor, *sides]
         start = self._render(record.prompt, True)
         wholes = [self._render([*record.prompt, *side], False) for side in sides]
-        cut = max((match.end() for match in self.mark.finditer(start)), default=0)
-        cut = cut if start[cut:].strip() else 0
-        return Spelled(True, start, wholes, start[cut:], [whole[cut:] for whole in wholes])
-
-    def _draft(self, spelled: "Spelled", known: dict[str, list[int]]) -> tuple[list[int], list[list[int]]]:
-        """Ids of the prompt, and of the prompt with each response.  A chat's are those that transformers makes of the
-        whole text, if they begin with the prompt's."""
-        prompt, lead, pieces = known[spelled.start], spelled.lead, spelled.pieces
-        if spelled.chat and prompt[len(prompt) - len(known[lead]):] != known[lead]:
-            lead, pieces = spelled.start, spelled.wholes
-        wholes = []
-        for piece in pieces:
-            ids, before = known.get(piece) or self._encode(piece), known[lead]
-            same = ids[:len(before)] == before
-            wholes.append(prompt + (ids[len(before):] if same else self._behind_anchor(piece[len(lead):])))
-        return prompt, wholes
-
-    def _check(self, spelled: "Spelled", prompt: list[int], drafts: list[list[int]],
-               decoded: list[str]) -> tuple | BadData:
-        """The ids of a draft that is what it should be, with the tokens that start and end a text; else BadData.  A
-        chat's turn ends with its last added token (<|im_end|>, </s>), if only white space follows that."""
-        chat, start, answers = spelled.chat, spelled.start, []
-        if not prompt and (chat or not self.bos):
-            return BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
-        for name, whole, ids, text in zip(("chosen", "rejected"), spelled.wholes, drafts, decoded):
-            if chat and not (whole.startswith(start) and whole[len(start):].strip()):
+        for whole in wholes:
+            if start and not (whole.startswith(start) and whole[len(start):].strip()):
                 at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
-                return BadData(f"the chat template is not prefix-stable: the prompt alone has "
-                               f"{start[at:at + 50]!r:.150}, where with a response behind it there is "
-                               f"{whole[at:at + 50]!r:.150}")
-            if text != whole and not (chat and "".join(text.split()) == "".join(whole.split())):
-                return BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer "
-                               "changes or drops a character there; move the space or line break at the seam into the "
-                               "response, or remove the character")
-            answer = ids[len(prompt):]
-            last = next((i for i in range(len(answer), 0, -1) if answer[i - 1] in self.ends), 0)
-            ended = chat and last and not self.text(answer[last:]).strip()
-            answers.append(answer[:last] if ended else self._end(answer))
-        if answers[1:] == answers[:1]:
-            return BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
-        return prompt if chat else self._start(prompt), *[*answers, []][:2]
+                raise BadData("the chat template is not prefix-stable: the prompt alone has "
+                              f"{start[at:at + 50]!r:.150}, where with a response behind it there is "
+                              f"{whole[at:at + 50]!r:.150}")
+        return [start, self.mark.split(start)[-1], *(whole[len(start):] for whole in wholes)]
 
+    def _ids(self, record: Record, texts: list[str], encoded: list[list[int]]) -> tuple:
+        """The ids of a record, if they decode to its texts, with the tokens that start and end a text.  A chat's are
+        those that transformers makes of the whole, if they begin with the prompt's; its turn ends with its last added
+        token (<|im_end|>, </s>), if only white space follows that."""
+        (start, lead, *answers), (prompt, *sides) = texts, encoded
+        chat = isinstance(record.prompt, list)
+        if not prompt and (chat or not self.bos):
+            raise BadData("'prompt' is empty, and this tokenizer has no token that starts a text")
+        before = prompt if chat and lead == start else self._lead(lead)
+        for i, ids in enumerate(sides):
+            sides[i] = ids[len(before):] if ids[:len(before)] == before else self._continue(answers[i])
 
-class Spelled(NamedTuple):
-    """The texts of a record.  A response is encoded behind a lead, whose ids are then taken away: behind the anchor, or
-    in a chat behind what follows the prompt's last added token, where encoding starts anew."""
-    chat: bool
-    start: str                   # the prompt
-    wholes: list[str]            # the prompt with each response
-    lead: str
-    pieces: list[str]            # the lead with each response
+        def differ(parts, pieces):
+            found, whole = self.text(itertools.chain(*parts)), "".join(pieces)
+            return found != whole and not (chat and "".join(found.split()) == "".join(whole.split()))
+        if differ([prompt, *sides], [start, *answers]):
+            name = "chosen" if differ([prompt, sides[0]], [start, answers[0]]) else "rejected"
+            raise BadData(f"the tokens of 'prompt' and {name!r} do not decode to their text: the tokenizer changes or "
+                          "drops a character there; move the space or line break at the seam into the response, or "
+                          "remove the character")
+        for i, ids in enumerate(sides):
+            last = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in self.ends), 0)
+            sides[i] = ids[:last] if chat and last and self._blank(*ids[last:]) else self._end(ids)
+        if sides[1:] == sides[:1]:
+            raise BadData("'chosen' and 'rejected' become the same tokens: there is no preference to learn")
+        return prompt if chat else self._start(prompt), *[*sides, []][:2]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -703,10 +664,6 @@ class Pair(NamedTuple):
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()[:16]
 
 
-def all_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
-    return [np.ones(len(ids), dtype=bool) for ids in (pair.chosen, pair.rejected)]
-
-
 def sampled_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
     """As many tokens of each response as the shorter one has, drawn at random: bool masks of chosen and rejected."""
     sides, rng = (pair.chosen, pair.rejected), np.random.default_rng(seed)
@@ -715,7 +672,7 @@ def sampled_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
 
 def differing_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
     """The tokens that the other response has not, by difflib's longest matching blocks."""
-    masks = all_tokens(pair, seed)
+    masks = [np.ones(len(ids), dtype=bool) for ids in (pair.chosen, pair.rejected)]
     matcher = difflib.SequenceMatcher(None, pair.chosen.tolist(), pair.rejected.tolist(), autojunk=False)
     for start, other, size in matcher.get_matching_blocks():
         masks[0][start:start + size] = False
@@ -724,7 +681,8 @@ def differing_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
 
 
 # Which tokens each of mallowspo.TOKEN_WEIGHTS is about.
-TOKEN_MASKS = {"decay": all_tokens, "sample": sampled_tokens, "difference": differing_tokens}
+TOKEN_MASKS = {"decay": lambda pair, seed: [np.ones(len(ids), dtype=bool) for ids in (pair.chosen, pair.rejected)],
+               "sample": sampled_tokens, "difference": differing_tokens}
 
 
 class Dataset(NamedTuple):
@@ -753,43 +711,33 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def parse_line(line: bytes | BadData, need_rejected: bool, columns: dict[str, str] | None) -> Record | BadData:
-    """What stands in a line, or what is wrong with it."""
-    try:
-        if isinstance(line, BadData):
-            raise line
-        if len(line) > LONGEST[0]:                                  # one of an array
-            raise BadData(f"longer than {LONGEST[0]:,} bytes")
-        return parse(decode_json(line), need_rejected, columns)
-    except NoPreference as error:
-        return error
-    except (BadData, RecursionError) as error:                      # the latter from thousands of brackets
-        return BadData(f"{error!s:.500}")
-
-
-def up_to_error(lines: Iterator) -> Iterator[tuple]:
-    """The lines, and as the last one, of nowhere, the BadData that they end in."""
-    try:
-        yield from lines
-    except BadData as error:
-        yield None, error
-
-
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
                columns: dict[str, str] | None = None) -> Iterator[tuple]:
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
-    names = [names] if isinstance(names, str | Path) else names
-    lines = up_to_error(itertools.chain.from_iterable(map(read_lines, names)))
-    for block in iter(lambda: list(itertools.islice(lines, 64)), []):
-        records = [parse_line(line, need_rejected, columns) for _, line in block]
-        good = [record for record in records if not isinstance(record, BadData)]
+    lines = itertools.chain.from_iterable(map(read_lines, [names] if isinstance(names, str | Path) else names))
+    while True:
+        block, end = [], None
+        try:
+            for where, line in itertools.islice(lines, 64):
+                try:
+                    record = parse(decode_json(line), need_rejected, columns)
+                except NoPreference as error:
+                    record = error
+                except (BadData, RecursionError) as error:          # the latter from thousands of brackets
+                    record = BadData(f"{error!s:.500}")
+                block.append((where, record))
+        except BadData as error:                                    # the file's; what is before it comes first
+            end = error
+        good = [record for _, record in block if isinstance(record, Record)]
         found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
-        for (where, line), record in zip(block, records):
-            if where is None:
-                raise line
-            ids = record if isinstance(record, BadData) else next(found)
+        for where, record in block:
+            ids = next(found) if isinstance(record, Record) else record
             yield (where, ids, None) if isinstance(ids, BadData) else (where, record, ids)
+        if end:
+            raise end
+        if not block:
+            return
 
 
 def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
@@ -827,48 +775,16 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
             pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
             if missing := [name for name in needed if getattr(record, name) is None]:
                 raise BadData(f"{where}: no {missing[0]!r}; this method or --dispersion needs it in every record")
-    bad, ties = tally[BadData], tally[NoPreference]
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
                       f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
     if not pairs:
-        skipped = f" ({bad:,} bad records skipped)" if bad else ""
+        skipped = f" ({tally[BadData]:,} bad records skipped)" if tally[BadData] else ""
         raise BadData(f"{', '.join(map(str, names))}: no pairs in it{skipped}")
-    return Dataset(pairs, tally["cut"], len(dropped), bad, ties, tuple(forms))
+    return Dataset(pairs, tally["cut"], len(dropped), tally[BadData], tally[NoPreference], tuple(forms))
 
 
-def write_dataset(dataset: Dataset, key: str) -> bytes:
-    """As safetensors: what read_dataset takes for these pairs, if it has the same key, and every bit is as it was."""
-    ids = [part for pair in dataset.pairs for part in pair[:3]]
-    facts = {"pairs": [pair[3:] for pair in dataset.pairs], "counts": dataset[1:]}
-    tensors = {"ids": np.concatenate(ids), "lengths": np.array([len(part) for part in ids], dtype=np.int64),
-               "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
-    return save(tensors, metadata={"key": key, "sha256": _checksum(tensors)})
-
-
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.dtype.str.encode())
-        digest.update(tensor)
-    return digest.hexdigest()
-
-
-def read_dataset(path: Path, key: str) -> Dataset | None:
-    """What write_dataset wrote, its ids as views of the mapped file, or None: there is nothing, or it is of another
-    key, or damaged."""
-    try:
-        with safe_open(path, "pt") as file:             # its tensors are views of the file, numpy's would be copies
-            tensors = {name: file.get_tensor(name).numpy() for name in ("ids", "lengths", "facts")}
-            if file.metadata() != {"key": key, "sha256": _checksum(tensors)}:
-                return None
-    except (OSError, SafetensorError, TypeError):       # TypeError: numbers of a kind that numpy has not
-        return None
-    facts = json.loads(tensors["facts"].tobytes())
-    parts = np.split(tensors["ids"], tensors["lengths"].cumsum()[:-1])
-    pairs = [Pair(*parts[3 * i:3 * i + 3], *fact) for i, fact in enumerate(facts["pairs"])]
-    *counts, forms = facts["counts"]
-    return Dataset(pairs, *counts, tuple(forms))
+PAIRS_RULES = 1                # to be raised whenever the same records would give other pairs
 
 
 def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tokenizer: Tokenizer,
@@ -890,7 +806,30 @@ def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tok
     return dataset
 
 
-PAIRS_RULES = 1                # to be raised whenever the same records would give other pairs
+def write_dataset(dataset: Dataset, key: str) -> bytearray:
+    """What read_dataset reads if it has the same key, and every bit is as it was: a digest (32 bytes), how many token
+    ids there are (8), the ids, and all else as JSON."""
+    facts = [dataset[1:], *([*map(len, pair[:3]), *pair[3:]] for pair in dataset.pairs)]
+    ids = [part for pair in dataset.pairs for part in pair[:3]]
+    size = np.array([sum(map(len, ids))], dtype=np.int64)
+    content = bytearray().join([bytes(32), size, *ids, json.dumps(facts).encode()])
+    content[:32] = hmac.new(key.encode(), memoryview(content)[32:], "sha256").digest()
+    return content
+
+
+def read_dataset(path: Path, key: str) -> Dataset | None:
+    """What write_dataset wrote, its ids as views of the mapped file; None: nothing, or of another key, or damaged."""
+    try:
+        content = np.memmap(path, np.uint8, "c").view(np.ndarray)
+    except (OSError, ValueError):                       # the latter of an empty file
+        return None
+    if content[:32].tobytes() != hmac.new(key.encode(), content[32:], "sha256").digest():
+        return None
+    end = 40 + 4 * int(content[32:40].view(np.int64)[0])
+    (*counts, forms), *facts = json.loads(content[end:].tobytes())
+    ends = np.cumsum([size for fact in facts for size in fact[:3]])
+    ids = iter(np.split(content[40:end].view(np.int32), ends[:-1]))
+    return Dataset([Pair(next(ids), next(ids), next(ids), *fact[3:]) for fact in facts], *counts, tuple(forms))
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -982,11 +921,8 @@ class Split:
 
     def digest(self) -> str:
         """A hash of all that a run takes from the records."""
-        parts = []
-        for pair in self.pairs:
-            fields = f"{pair.dispersion} {pair.votes} {pair.scores} {pair.rewards}"
-            parts.append(pair.digest() + fields.removesuffix(" None").removesuffix(" None").encode())
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        facts = [(pair.digest(), pair.dispersion, pair.votes, pair.scores, pair.rewards) for pair in self.pairs]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def sum_scores(self, scores: dict) -> tuple[Tensor, Tensor]:
         """(P, 2) sums of the log-probabilities and (P, 2) means of the entropies over each response, nan where a pair
@@ -1029,15 +965,11 @@ class PackedRow(NamedTuple):
     source: Tensor               # (N,) where in T the prediction of scored token n stands
     target: Tensor               # (N,) id of scored token n
     owner: Tensor                # (N,) the response it belongs to: group * R + response
+    place: Tensor                # (N,) where in its response it stands, from 0
     length: Tensor               # (P, R) scored tokens of each response
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self[:5]
-
-    def place(self) -> Tensor:
-        """(N,) where in its response each scored token stands, from 0."""
-        ends = self.length.flatten().cumsum(0)
-        return torch.arange(len(self.owner), device=self.owner.device) - (ends - self.length.flatten())[self.owner]
 
     def sum_by_response(self, values: Tensor) -> Tensor:
         """(N,) values of scored tokens -> (P, R) sums over each response, added up in float64: in any order alike."""
@@ -1049,30 +981,24 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
     """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row.  A
     segment id is group * branches + branch, as model.visible reads it (branches: model.BRANCHES); branch 0 is the
     prompt.  Raises ValueError if a group has more responses than that leaves room for."""
-    if not groups:                                                        # a row with nothing scored: one lone token
-        tokens, positions, segments = torch.zeros(3, 1, 1, dtype=torch.int64, device=device)
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return PackedRow(tokens, positions, segments, nothing, nothing, nothing, nothing.view(0, 2))
     if any(len(group) > branches for group in groups):
         raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
-    tokens, positions, segments, source, target, owner, at = [], [], [], [], [], [], 0
-    for g, (prompt, *responses) in enumerate(groups):
-        parts = [prompt, *(ids[:-1] for ids in responses)]
-        tokens += parts
-        positions += [np.arange(len(prompt)), *(len(prompt) + np.arange(len(part)) for part in parts[1:])]
-        segments += [np.full(len(part), g * branches + b) for b, part in enumerate(parts)]
-        last, at = at + len(prompt) - 1, at + len(prompt)                 # the first token is predicted by the prompt
-        for r, ids in enumerate(responses):
-            source.append(np.concatenate([[last], at + np.arange(len(ids) - 1)]) if len(ids) else np.empty(0))
-            target.append(ids)
-            owner.append(np.full(len(ids), g * len(responses) + r))
-            at += max(0, len(ids) - 1)
-
-    def tensor(parts):
-        return to_device(np.concatenate(parts), device)
-    return PackedRow(tensor(tokens)[None], tensor(positions)[None], tensor(segments)[None],
-                tensor(source), tensor(target), tensor(owner),
-                to_device([[len(ids) for ids in responses] for _, *responses in groups], device))
+    filled = groups or [([0], [], [])]                                    # a row with nothing scored: one lone token
+    length = np.array([[len(ids) for ids in responses] for _, *responses in filled])                      # (P, R)
+    parts = [ids[:-1] if b else ids for group in filled for b, ids in enumerate(group)]
+    size = np.array([len(part) for part in parts]).reshape(len(filled), -1)                               # (P, 1 + R)
+    start = (size.cumsum() - size.ravel()).reshape(size.shape)            # of each part in T             # (P, 1 + R)
+    segments = branches * np.arange(len(filled))[:, None] + np.arange(size.shape[1])                      # (P, 1 + R)
+    shift = np.where(np.arange(size.shape[1]) > 0, size[:, :1], 0) - start  # place in T -> position      # (P, 1 + R)
+    owner = np.repeat(np.arange(length.size), length.ravel())                                             # (N,)
+    place = np.arange(len(owner)) - (length.cumsum() - length.ravel())[owner]                             # (N,)
+    fork = np.broadcast_to(start[:, :1] + size[:, :1] - 1, length.shape)  # what predicts the first token  (P, R)
+    source = np.where(place > 0, start[:, 1:].ravel()[owner] + place - 1, fork.ravel()[owner])            # (N,)
+    segments, shift = (np.repeat(values.ravel(), size.ravel()) for values in (segments, shift))           # (T,)
+    row = np.concatenate(parts), np.arange(size.sum()) + shift, segments                                  # (T,) each
+    target = np.concatenate([ids for _, *responses in filled for ids in responses])                       # (N,)
+    return PackedRow(*(to_device(values[None], device) for values in row),
+                     *(to_device(values, device) for values in (source, target, owner, place, length[:len(groups)])))
 
 
 def to_device(values, device: str | torch.device, dtype: torch.dtype | None = torch.int64) -> Tensor:
@@ -1130,7 +1056,7 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
     for count, what, wrong in rows[0 if tokenizer else 2:]:
         print(f"{count:>9,}  {what}  <- wrong" if wrong else f"{count:>9,}  {what}")
     for name in filter(tally.get, FIELDS):
-        print(f"{tally[name]:>9,}  pairs carry {name}: {FIELDS[name]} uses it")
+        print(f"{tally[name]:>9,}  pairs carry {name}: {FIELDS[name][0]} uses it")
     for kind, count in Counter(re.split(r" \(|: ", kind)[0] for _, kind in bad).most_common():
         print(f"{count:>9,}    {kind}")
     print(*(f"  {message[:500]}" for message, _ in bad[:5]), sep="\n")

@@ -70,7 +70,7 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], step: 
     weighted, ref_logp = plain, split.ref_logp[at]
     if method.token_weights != "equal":
         ref_tokens, mask = split.token_inputs(method.token_weights, indices, step)      # (N,)
-        a = mallowspo.token_weights(method, logp, row.place(), mask)
+        a = mallowspo.token_weights(method, logp, row.place, mask)
         weighted, ref_logp = row.sum_by_response(a * logp), row.sum_by_response(a * ref_tokens)
     return mallowspo.objective(method, weighted, ref_logp, row.length, split.weight[at], plain, split.advantage[at])
 
@@ -701,7 +701,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
             write_file(path, content)
 
     def load(name):
-        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
+        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.pairs"
         read = functools.partial(cached_pairs, cache, None if cfg.dry_run else keep, paths, tokenizer, longest,
                                  cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
                                  functools.partial(progress, world, "reading", unit="records"))

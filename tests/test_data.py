@@ -421,9 +421,9 @@ def test_a_string_among_messages_is_one_message(prompt, chosen, rejected):
     ({**GOOD, "votes": [0, 0]}, "'votes' is [0, 0]"), ({**GOOD, "votes": [1]}, "'votes' is [1]"),
     ({**GOOD, "votes": [True, 2]}, "'votes'"), ({**GOOD, "votes": [1, 2.0]}, "'votes'"),
     ({**GOOD, "votes": [-1, 2]}, "'votes'"), ({**GOOD, "votes": {"a": 1}}, "'votes'"),
-    ({**GOOD, "votes": "12"}, "'votes'"), ({**GOOD, "scores": [1]}, "its scores are [1]"),
-    ({**GOOD, "scores": [1, "2"]}, "its scores are [1, '2']"), ({**GOOD, "scores": 3}, "its scores are 3"),
-    ({**GOOD, "score_chosen": 3}, "its scores are [3, None]"), ({**GOOD, "scores": [True, 1]}, "its scores are [True"),
+    ({**GOOD, "votes": "12"}, "'votes'"), ({**GOOD, "scores": [1]}, "'scores' is [1]"),
+    ({**GOOD, "scores": [1, "2"]}, "'scores' is [1, '2']"), ({**GOOD, "scores": 3}, "'scores' is 3"),
+    ({**GOOD, "score_chosen": 3}, "'scores' is [3, None]"), ({**GOOD, "scores": [True, 1]}, "'scores' is [True"),
     ({**GOOD, "scores": [3, 1], "score_chosen": 3, "score_rejected": 2}, "'scores' is [3, 1], but score_chosen"),
 ])
 def test_bad_chats_and_votes_say_what_is_wrong(item, words):
@@ -859,7 +859,7 @@ def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
     """200 times a bit of it is flipped, or its end is cut off: it is made again, or was as before."""
     rows = [{**GOOD, "chosen": f" yes {i}", "votes": [i + 1, 0], "scores": [i, 0.5]} for i in range(20)]
     write_jsonl(tmp_path / "f.jsonl", rows)
-    path, settings = tmp_path / "cache/f.safetensors", (50, 0.1, False, True, (), None, iter)
+    path, settings = tmp_path / "cache/f.pairs", (50, 0.1, False, True, (), None, iter)
     written = []
 
     def write(path, content):

@@ -202,7 +202,8 @@ DEEP = ("{% set n = namespace(x=[0], y=[0]) %}{% for i in range(60) %}"
 
 
 @pytest.mark.parametrize("template, words", [
-    ("{{ raise_exception('\x1b[2J\nTraceback') }}", "x1b[2J"), ("{{ '\ud800' }}", "tokenizer"), (5, "AttributeError"),
+    ("{{ raise_exception('\x1b[2J\nTraceback') }}", "x1b[2J"), (5, "AttributeError"),
+    ("{{ '\ud800' }}{% for m in messages %}{{ m.content }}{% endfor %}", "tokenizer"),
     ([{"name": ["default"], "template": "x"}], "unhashable"), ([{"name": "default", "template": {}}], "AttributeError"),
     ("{{ cycler.__init__.__globals__.os.system('touch RAN') }}", "SecurityError"),
     ("{{ raise_exception.__globals__ }}", "is empty"), ("{{ messages | attr('__class__') }}", "is empty"),
