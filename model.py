@@ -1,12 +1,5 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
-    1. Configuration    config.json of each family -> one Config
-    2. Families         how each family names its weights: a table that loading and saving both read
-    3. The transformer  attention over packed rows, the head in slices, the model, sampling
-    4. LoRA             a small trained update beside frozen weights
-    5. Folders          reading and checking what a stranger wrote
-    6. Command line
-
 A new family is a row of FAMILIES (and a column of NAMES, if it has its own), an unsupported setting of config.json
 a row of ONLY.  Training makes one call, model(tokens, positions, segments, source, target): it returns the
 log-probabilities of the response tokens alone, and never holds the logits of a whole batch.
@@ -14,12 +7,10 @@ log-probabilities of the response tokens alone, and never holds the logits of a 
     python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
 import argparse
-import itertools
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +36,7 @@ def check(good: bool, message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. Configuration: config.json of each family -> one Config
+# 1. Families: config.json of each -> one Config; how each names its weights
 
 @dataclass(frozen=True)
 class Config:
@@ -56,7 +47,7 @@ class Config:
     kv_heads: int                   # fewer than heads: grouped-query attention
     head_dim: int
     hidden: int                     # width inside the MLP
-    positions: int                  # longest sequence the model was made for
+    positions: int                  # longest sequence that it takes
     activation: str
     eps: float
     tied: bool                      # the head is the embedding
@@ -69,53 +60,39 @@ class Config:
     rotary: int = 0                 # leading coordinates of a head that turn with the position
     qk_norm: bool = False           # RMSNorm of each head of q and k
     parallel: bool = False          # the MLP reads what attention reads, not what it gives
-    window: int | None = None       # how many positions a token sees in the layers of `sliding`, its own among them
-    sliding: Container[int] = ()
-
-
-TANH = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_fast": TANH, "gelu_pytorch_tanh": TANH,
-               "relu": F.relu, "silu": F.silu}
 
 
 def gpt2_config(c: dict) -> Config:
     return Config(vocab_size=c["vocab_size"], dim=c["n_embd"], layers=c["n_layer"], heads=c["n_head"],
                   kv_heads=c["n_head"], head_dim=c["n_embd"] // c["n_head"], positions=c["n_positions"],
                   hidden=c.get("n_inner") or 4 * c["n_embd"], activation=c.get("activation_function", "gelu_new"),
-                  eps=c.get("layer_norm_epsilon", 1e-5), tied=c.get("tie_word_embeddings", True),
+                  eps=float(c.get("layer_norm_epsilon", 1e-5)), tied=c.get("tie_word_embeddings", True),
                   qkv_bias=True, out_bias=True, mlp_bias=True)
 
 
 def llama_config(c: dict) -> Config:
+    """Where some layers see no further back than a window, texts are no longer than it: so it never cuts."""
     heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     rope = {"rope_theta": 10000.0, "original_max_position_embeddings": c.get("max_position_embeddings"), **c}
     rope["rope_type"] = c.get("rope_type") or c.get("type") or "default"
     check(rope["rope_type"] in ROPE_SCALING,
           f"asks for RoPE scaling {rope['rope_type']!r}; supported: {', '.join(ROPE_SCALING)}")
+    longest, layer_types = c.get("max_position_embeddings", 2048), c.get("layer_types") or []
+    check(set(layer_types) <= {"full_attention", "sliding_attention"}, f"asks for layer_types={layer_types!r:.300}")
     window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
                   kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim, hidden=c["intermediate_size"],
-                  positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
-                  eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), rms=True, gated=True,
-                  qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope,
-                  rotary=int(head_dim * float(c.get("partial_rotary_factor", 1))),
-                  window=window, sliding=sliding_layers(c, window))
-
-
-def sliding_layers(c: dict, window: int | None) -> Container[int]:
-    layers, kinds = c["num_hidden_layers"], c.get("layer_types")
-    if kinds is None:
-        return range(layers if window is None else c.get("max_window_layers", 28), layers)
-    check(len(kinds) == layers and set(kinds) <= {"full_attention", "sliding_attention"},
-          f"asks for layer_types={kinds}, not full_ or sliding_attention for each of {layers} layers")
-    return [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+                  positions=longest if window is None else min(longest, window), activation=c.get("hidden_act", "silu"),
+                  eps=float(c.get("rms_norm_eps", 1e-6)), tied=c.get("tie_word_embeddings", False), rms=True,
+                  gated=True, qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), rope=rope,
+                  rotary=int(head_dim * float(c.get("partial_rotary_factor", 1))))
 
 
 def neox_config(c: dict) -> Config:
     rope = {"rope_theta": c.get("rotary_emb_base", 10000.0), "partial_rotary_factor": c.get("rotary_pct", 0.25)}
     config = llama_config({"hidden_act": "gelu", "attention_bias": True, **rope, **c})
-    return replace(config, eps=c.get("layer_norm_eps", 1e-5), rms=False, gated=False, mlp_bias=True,
+    return replace(config, eps=float(c.get("layer_norm_eps", 1e-5)), rms=False, gated=False, mlp_bias=True,
                    parallel=c.get("use_parallel_residual", True))
 
 
@@ -126,13 +103,6 @@ def llama3_frequencies(f: Tensor, rope: dict) -> Tensor:
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * f + (1 - keep) * f / rope["factor"]
 
-
-ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope["factor"],
-                "llama3": llama3_frequencies}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Families: how each names its weights
 
 class Family(NamedTuple):
     config: Callable[[dict], Config]
@@ -158,16 +128,16 @@ NAMES = {                               # our module: its name in GPT-2, GPT-Neo
     "embed": ("wte", "embed_in", "embed_tokens"),
     "position": ("wpe", None, None),
     "blocks.{}.norm1": ("h.{}.ln_1", "layers.{}.input_layernorm", "layers.{}.input_layernorm"),
-    "blocks.{}.attn.q": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.q_proj"),
-    "blocks.{}.attn.k": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.k_proj"),
-    "blocks.{}.attn.v": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.v_proj"),
-    "blocks.{}.attn.q_norm": (None, None, "layers.{}.self_attn.q_norm"),
-    "blocks.{}.attn.k_norm": (None, None, "layers.{}.self_attn.k_norm"),
-    "blocks.{}.attn.out": ("h.{}.attn.c_proj", "layers.{}.attention.dense", "layers.{}.self_attn.o_proj"),
+    "blocks.{}.q": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.q_proj"),
+    "blocks.{}.k": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.k_proj"),
+    "blocks.{}.v": ("h.{}.attn.c_attn", "layers.{}.attention.query_key_value", "layers.{}.self_attn.v_proj"),
+    "blocks.{}.q_norm": (None, None, "layers.{}.self_attn.q_norm"),
+    "blocks.{}.k_norm": (None, None, "layers.{}.self_attn.k_norm"),
+    "blocks.{}.out": ("h.{}.attn.c_proj", "layers.{}.attention.dense", "layers.{}.self_attn.o_proj"),
     "blocks.{}.norm2": ("h.{}.ln_2", "layers.{}.post_attention_layernorm", "layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp.gate": (None, None, "layers.{}.mlp.gate_proj"),
-    "blocks.{}.mlp.up": ("h.{}.mlp.c_fc", "layers.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up_proj"),
-    "blocks.{}.mlp.down": ("h.{}.mlp.c_proj", "layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
+    "blocks.{}.gate": (None, None, "layers.{}.mlp.gate_proj"),
+    "blocks.{}.up": ("h.{}.mlp.c_fc", "layers.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up_proj"),
+    "blocks.{}.down": ("h.{}.mlp.c_proj", "layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
     "norm": ("ln_f", "final_layer_norm", "norm"),
 }
 FAMILIES = {                            # model_type of config.json
@@ -177,14 +147,13 @@ FAMILIES = {                            # model_type of config.json
                        by_head=(".query_key_value.weight", ".query_key_value.bias"),
                        buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")),
     "llama": Family(llama_config, buffers=(".rotary_emb.inv_freq",)),
-    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True, "max_window_layers": 0})),
+    "mistral": Family(lambda c: llama_config({**c, "use_sliding_window": True})),
     "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False)),
     "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True)),
 }
 ONLY = {                                # settings of config.json of which only this value is supported
-    "every": {"quantization_config": None, "num_experts": None, "num_local_experts": None, "is_encoder_decoder": False,
-              "attn_logit_softcapping": None, "final_logit_softcapping": None, "add_cross_attention": False,
-              "full_attention": None, "sliding_attention": None},    # (in rope_parameters: rotations by kind of layer)
+    "every": {"quantization_config": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+              "add_cross_attention": False, "full_attention": None, "sliding_attention": None},  # (the last of RoPE)
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "llama": {"partial_rotary_factor": 1, "sliding_window": None, "use_sliding_window": False, "layer_types": None},
     "mistral": {"partial_rotary_factor": 1, "layer_types": None, "attention_bias": False, "mlp_bias": False},
@@ -194,13 +163,20 @@ ONLY = {                                # settings of config.json of which only 
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The transformer
+# 2. The transformer
 
 TILE = 512         # queries per call of attention on a CPU
 BLOCK = 128        # queries, and keys, that flex_attention skips or takes together
 CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
 KEPT = 2 ** 26     # logits that are kept for the backward pass
+LIKELIEST = 256    # tokens in which the drawn one nearly always is: they are sorted, not all
 BRANCHES = 16      # segment id = group * BRANCHES + branch, branch 0 is the prompt; an argument of data.collate
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")      # the projections of a block that LoRA may update
+TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_fast": TANH, "gelu_pytorch_tanh": TANH,
+               "relu": F.relu, "silu": F.silu}
+ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope["factor"],
+                "llama3": llama3_frequencies}
 torch.backends.cuda.enable_cudnn_sdp(False)    # it builds code for each length of a row, and for each new token
 
 
@@ -209,14 +185,12 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
-def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.dtype = torch.float32,
-                    window: int | None = None) -> list[tuple[int, slice, Tensor]]:
-    """What the last `new` tokens see, by the (B, S) segment ids and positions of all, no further than the window.
+def attention_tiles(segments: Tensor, new: int, dtype: torch.dtype = torch.float32) -> list[tuple[int, slice, Tensor]]:
+    """What the last `new` tokens see, by the (B, S) segment ids of all.
 
     A tile is: how many queries come next, the keys among which they see any, and the mask to add to their scores,
-    (B, 1, queries, keys), -inf for what is not seen.  Every token sees itself: no row of scores is empty.
-    A GPU takes a row whole.  A CPU takes it by groups, short ones together, long ones TILE queries at a time:
-    it computes no attention between neighbours, nor to what is yet to come."""
+    (B, 1, queries, keys), -inf for what is not seen.  A GPU takes a row whole; a CPU by groups, short ones together,
+    long ones TILE queries at a time: it computes none between neighbours, nor to what is yet to come."""
     total, cuts, size = segments.size(1), [0], new
     if segments.device.type == "cpu":
         size, group = TILE, segments // BRANCHES
@@ -224,12 +198,10 @@ def attention_tiles(segments: Tensor, positions: Tensor, new: int, dtype: torch.
             if edge - cuts[-1] >= TILE // 4:
                 cuts.append(edge)
     tiles = []
-    for start, stop in itertools.pairwise([*cuts, total]):
+    for start, stop in zip(cuts, [*cuts[1:], total]):
         for at in range(max(start, total - new), stop, size):
             end = min(at + size, stop)
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
-            if window:
-                seen &= positions[:, at:end, None] < positions[:, None, start:end] + window
             width = -(-(end - start) // 8) * 8                       # rounded up: a GPU copies masks of other widths
             mask = torch.zeros(*seen.shape[:2], width, dtype=dtype, device=seen.device)[..., :end - start]
             tiles.append((end - at, slice(start, end), mask.masked_fill_(~seen, -torch.inf)[:, None]))
@@ -245,36 +217,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gq
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=enable_gqa)
     counts, spans, masks = zip(*tiles)
     lengths = [mask.size(-1) for mask in masks]
-    if spans[0].start == 0 and sum(lengths) == k.size(2):            # side by side: splits have the cheaper backward
-        keys, values = k.split(lengths, 2), v.split(lengths, 2)
-    else:
-        keys, values = [k[:, :, span] for span in spans], [v[:, :, span] for span in spans]
+    beside = spans[0].start == 0 and sum(lengths) == k.size(2)       # splits have the cheaper backward
+    keys, values = (x.split(lengths, 2) if beside else [x[:, :, span] for span in spans] for x in (k, v))
     y = [F.scaled_dot_product_attention(*each, is_causal=False, enable_gqa=enable_gqa)
          for each in zip(q.split(counts, 2), keys, values, masks)]
     return torch.cat(y, 2) if len(y) > 1 else y[0]                   # (B, H, T, D)
 
 
-def attention_blocks(segments: Tensor, positions: Tensor, window: int | None = None) -> BlockMask:
+def attention_blocks(segments: Tensor) -> BlockMask:
     """What all tokens see, for flex_attention: it skips blocks of scores of which none is seen, and asks `seen` about
-    those of which not all are.  Found by the ends of each block: segment ids must rise along the row."""
-    segments, positions = segments.int(), positions.int()
-    total, window = segments.size(1), window or 2 ** 30
-    gone = positions - window                                        # (B, S) the last that is too far away
+    those of which not all are.  Found by the ends of each block: the (B, S) segment ids must rise along the row."""
+    segments, total = segments.int(), segments.size(1)
 
     def seen(b, _, q, k):
-        return visible(segments[b, q], segments[b, k]) & (k <= q) & (positions[b, k] > gone[b, q])
+        return visible(segments[b, q], segments[b, k]) & (k <= q)
 
     def listed(blocks):                                              # how many keys' (B, 1, N), and which (B, 1, N, N)
         which = blocks.int().argsort(dim=-1, descending=True, stable=True)
         return blocks.sum(-1)[:, None].int(), which[:, None].int()
 
-    ids = F.pad(torch.stack([segments, positions]), (0, -total % BLOCK), value=2 ** 30).unflatten(2, (-1, BLOCK))
-    (low, first), (high, last) = ids.amin(3, keepdim=True), ids.amax(3, keepdim=True)        # (B, N, 1) each
+    ids = F.pad(segments, (0, -total % BLOCK), value=2 ** 30).unflatten(1, (-1, BLOCK))
+    low, high = ids[:, :, :1], ids[:, :, -1:]                        # (B, N, 1) each
     ends, start = high.mT, torch.maximum(low, high // BRANCHES * BRANCHES).mT                # (B, 1, N) of keys
-    some = (visible(low, ends) | visible(low, start)) & (first - last.mT < window)           # (B, N, N)
-    some = some.tril(-1) | torch.eye(ends.size(2), dtype=torch.bool, device=ends.device)
-    whole = visible(low, ends) & visible(high, low.mT) & (low == high).mT & (last - first.mT < window)
-    whole = whole.tril(-1)
+    some = (visible(low, ends) | visible(low, start)).tril(-1)       # (B, N, N)
+    some = some | torch.eye(ends.size(2), dtype=torch.bool, device=ends.device)
+    whole = (visible(low, ends) & visible(high, low.mT) & (low == high).mT).tril(-1)
     return BlockMask.from_kv_blocks(*listed(some & ~whole), *listed(whole), BLOCK, seen, (total, total))
 
 
@@ -285,84 +252,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
-class Cache:
-    """Keys and values of the tokens so far, of one attention layer, with room for as many more."""
-    k = v = None                                                     # (B, KV, room, D)
-    used = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, KV, T, D) of new tokens -> (B, KV, S, D) of all."""
-        start, self.used = self.used, self.used + k.size(2)
-        if start == 0 or self.used > self.k.size(2):
-            past = (self.k, self.v) if start else (k, v)
-            self.k, self.v = (F.pad(x, (0, 0, 0, 2 * self.used - x.size(2))) for x in past)
-        self.k[:, :, start:self.used] = k
-        self.v[:, :, start:self.used] = v
-        return self.k[:, :, :self.used], self.v[:, :, :self.used]
-
-    def keep(self, rows: Tensor) -> None:
-        self.k, self.v = self.k[rows], self.v[rows]
-
-
-class Attention(nn.Module):
+class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim = c.head_dim
+        self.c, norm = c, nn.RMSNorm if c.rms else nn.LayerNorm
+        self.norm1 = norm(c.dim, eps=c.eps)
         self.q = nn.Linear(c.dim, c.heads * c.head_dim, bias=c.qkv_bias)
         self.k = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.dim, bias=c.out_bias)
         self.q_norm = nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None
         self.k_norm = nn.RMSNorm(c.head_dim, eps=c.eps) if c.qk_norm else None
-
-    def forward(self, x, rope):
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for project in (self.q, self.k, self.v))          # (B, H, T, D), k and v (B, KV, T, D)
-        if self.q_norm is not None:                                  # in float32 under autocast, as other norms
-            wide = self.q_norm.weight.dtype
-            q, k = self.q_norm(q.to(wide)).to(v.dtype), self.k_norm(k.to(wide)).to(v.dtype)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        return q, k, v
-
-
-class MLP(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.act = ACTIVATIONS[c.activation]
+        self.norm2 = norm(c.dim, eps=c.eps)
         self.gate = nn.Linear(c.dim, c.hidden, bias=c.mlp_bias) if c.gated else None
         self.up = nn.Linear(c.dim, c.hidden, bias=c.mlp_bias)
         self.down = nn.Linear(c.hidden, c.dim, bias=c.mlp_bias)
 
-    def forward(self, x):
-        return self.down(self.act(self.gate(x)) * self.up(x) if self.gate else self.act(self.up(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        norm = nn.RMSNorm if c.rms else nn.LayerNorm
-        self.norm1, self.attn = norm(c.dim, eps=c.eps), Attention(c)
-        self.norm2, self.mlp = norm(c.dim, eps=c.eps), MLP(c)
-        self.parallel, self.grouped = c.parallel, c.kv_heads != c.heads
-
     def forward(self, x, rope, attend, cache=None, source=None):
         q, k, v = self.before(x, rope)                               # (B, H, T, D), k and v (B, KV, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)                                # (B, KV, past + T, D)
-        y = attend(q, k, v, enable_gqa=self.grouped)                 # (B, H, T, D)
+        if cache is not None:                                        # (2, B, KV, S, D), of which the last T are new
+            cache[:, :, :, -k.size(2):] = torch.stack([k, v])
+            k, v = cache                                             # (B, KV, S, D)
+        y = attend(q, k, v, enable_gqa=self.c.kv_heads != self.c.heads)           # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)                             # (B, T, H*D)
         if source is not None:                                       # of the last block only these are asked for
-            x = x.flatten(0, 1).index_select(0, source)[None]        # (1, N, C)
-            y = y.flatten(0, 1).index_select(0, source)[None]        # (1, N, H*D)
+            x, y = (each.flatten(0, 1).index_select(0, source)[None] for each in (x, y))     # (1, N, C or H*D)
         return self.after(x, y)                                      # (B, T, C)
 
     def before(self, x, rope):
-        return self.attn(self.norm1(x), rope)
+        x = self.norm1(x)                                            # (B, T, C)
+        q, k, v = (project(x).unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)
+                   for project in (self.q, self.k, self.v))          # (B, H, T, D), k and v (B, KV, T, D)
+        if self.q_norm is not None:                                  # in float32 under autocast, as other norms
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
 
     def after(self, x, y):
-        y = x + self.attn.out(y)                                     # (B, T, C)
-        return y + self.mlp(self.norm2(x if self.parallel else y))   # (B, T, C)
+        y, act = x + self.out(y), ACTIVATIONS[self.c.activation]     # (B, T, C)
+        x = self.norm2(x if self.c.parallel else y)                  # (B, T, C)
+        return y + self.down(act(self.gate(x)) * self.up(x) if self.gate else act(self.up(x)))       # (B, T, C)
 
 
 class Head(torch.autograd.Function):
@@ -374,7 +304,7 @@ class Head(torch.autograd.Function):
     def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
         exact, slices = torch.promote_types(x.dtype, torch.float32), weight.split(width)
         top, mass, inside = x.new_zeros(3, len(slices), len(x), dtype=exact)                 # (S, N) each
-        ctx.kept, room = [], KEPT if any(ctx.needs_input_grad) else 0
+        ctx.kept, most = [], KEPT if any(ctx.needs_input_grad) else 0
         for i, w in enumerate(slices):
             logits = F.linear(x, w).to(exact)                        # (N, width)
             torch.amax(logits, -1, out=top[i])
@@ -383,8 +313,7 @@ class Head(torch.autograd.Function):
             torch.sum(p, -1, out=mass[i])
             if entropy:
                 torch.sum(logits.mul_(p), -1, out=inside[i])
-            room -= p.numel()
-            if room >= 0:
+            if (i + 1) * width * len(x) <= most:
                 ctx.kept.append(p)
         log_z = (top + mass.log()).double().logsumexp(0)             # (N,) sums of sums are few: in float64
         lead = log_z - top                                           # (S, N)
@@ -418,9 +347,8 @@ class Head(torch.autograd.Function):
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table.
-    Autograd makes two: at a vocabulary of 128,256 that is 14 to 17 % more memory at the peak (1,396 to 1,420 MB, not
-    1,215; tests/bench.py), at 32,000 the same."""
+    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table.  Autograd
+    makes two: at 128,256 words 14 to 17 % more memory at the peak (tests/bench.py), at 32,000 the same."""
 
     @staticmethod
     def forward(ctx, table, ids):
@@ -438,7 +366,6 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.chunk = None                                            # logits at a time, see forward
         self.checkpointed = False                                    # keep of a block only what goes in
         self.compiled, self.flex = False, None                       # see compile_blocks
 
@@ -453,32 +380,27 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None, x=None,
+    def hidden(self, x: Tensor, positions: Tensor, segments: Tensor | None = None, cache: Tensor | None = None,
                source: Tensor | None = None) -> Tensor:
-        """(B, T) tokens, or x, what they look up, (B, T, C) -> (B, T, C), or (1, N, C) of those at `source` (N,) alone.
-        positions and segments, (B, S), are also those of the cached tokens; without segments all is one text."""
-        x = self.embed(tokens) if x is None else x                   # (B, T, C)
+        """(B, T, C) embeddings of tokens -> (B, T, C), or (1, N, C) of those at `source` (N,) alone.  positions and
+        segments, (B, S), are also those of the tokens before them, whose keys and values the cache has, with room for
+        more, (layers, 2, B, KV, room, D).  Without segments all is one text."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums of many layers: not in half precision
-        at = positions[:, -tokens.size(1):]                          # (B, T)
+        at = positions[:, -x.size(1):]                               # (B, T)
         rope = None if self.config.rope is None else self._rotations(at)        # cos and sin, (B, 1, T, R/2)
         if self.position is not None:
             x = x + self.position(at)                                # (B, T, C)
-
-        def masked(segments, window=None):
-            if self.flex and caches is None:
-                return partial(self.flex, block_mask=attention_blocks(segments, positions, window))
-            dtype = self.precision(tokens.device)
-            return partial(attend, tiles=attention_tiles(segments, positions, tokens.size(1), dtype, window))
-
-        far = near = attend if segments is None else masked(segments)
-        if self.config.sliding and positions.size(1) > self.config.window:
-            near = masked(torch.zeros_like(positions) if segments is None else segments, self.config.window)
+        look = attend
+        if segments is not None and self.flex and cache is None:
+            look = partial(self.flex, block_mask=attention_blocks(segments))
+        elif segments is not None:
+            look = partial(attend, tiles=attention_tiles(segments, x.size(1), self.precision(x.device)))
         again = self.checkpointed and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
-            cache = caches[i] if caches else None
+            past = None if cache is None else cache[i, :, :, :, :positions.size(1)]
             asked = source if block is self.blocks[-1] else None
-            x = call(x, rope, near if i in self.config.sliding else far, cache, asked)       # (B, T, C)
+            x = call(x, rope, look, past, asked)                     # (B, T, C)
         return self.norm(x)
 
     def compile_blocks(self) -> None:
@@ -510,54 +432,55 @@ class Transformer(nn.Module):
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, V) float32 logits of plain text, all at once (for short texts and tests)."""
         positions = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-        return self.head(self.hidden(ids, positions)).float()
+        return self.head(self.hidden(self.embed(ids), positions)).float()
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor, source: Tensor, target: Tensor,
                 entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """(N,) float32 log-probability of each scored token and, if asked for, the (N,) entropy in nats there.
-
         tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
         from the hidden state at source[i] (N,), an index into the B*T tokens."""
-        x, weight = None, self.head.weight
         if self.config.tied:
-            x, weight = Lookup.apply(self.embed.weight, tokens)
-        x = self.hidden(tokens, positions, segments, x=x, source=source).squeeze(0)                  # (N, C)
-        chunk, dtype = self.chunk or CHUNK[tokens.device.type], self.precision(tokens.device)
-        width = max(256, chunk // (64 * max(1, len(target))) * 64)   # words per slice, aligned
+            x, weight = Lookup.apply(self.embed.weight, tokens)      # (B, T, C), (V, C)
+        else:
+            x, weight = self.embed(tokens), self.head.weight
+        x = self.hidden(x, positions, segments, source=source).squeeze(0)                            # (N, C)
+        width = CHUNK[tokens.device.type] // (64 * max(1, len(target))) * 64         # words per slice, aligned
         if not torch.is_grad_enabled():
             weight = weight.detach()                                 # else Head would keep logits
-        return Head.apply(x.to(dtype), weight.to(dtype), target, width, entropy)
+        dtype = self.precision(tokens.device)
+        return Head.apply(x.to(dtype), weight.to(dtype), target, max(256, width), entropy)
 
-    def predict(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, caches=None) -> Tensor:
+    def predict(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, cache: Tensor) -> Tensor:
         """(B, V) logits of what follows the last tokens; arguments as of `hidden`."""
-        return self.head(self.hidden(tokens, positions, segments, caches)[:, -1])
+        return self.head(self.hidden(self.embed(tokens), positions, segments, cache)[:, -1])
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-                 stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None
-                 ) -> Iterator[list[int | None]]:
-        """Yield a sampled token id for every prompt, again and again; None from a token of `stop` or the last
-        position on.  temperature 0: greedy.  A prompt must hold a token at least, and draws from its own generator:
-        what follows it does not depend on the others."""
-        device, last = self.embed.weight.device, self.config.positions - 1
-        lengths, caches = [len(ids) for ids in prompts], [Cache() for _ in self.blocks]
-        longest, going = max(lengths), list(range(len(prompts)))     # those of whom there is more to come
+                 stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None) -> Iterator[list]:
+        """Yield a token id for every prompt, again and again; None from a token of `stop` or the last position on.
+        temperature 0: greedy.  A prompt has at least a token, and draws from its own generator, whatever is beside it.
+        Raises BadModel where temperature or top_p is out of range."""
+        check(temperature >= 0 and top_p > 0, f"cannot sample with temperature {temperature} and top_p {top_p}")
+        c, device = self.config, self.embed.weight.device
+        end, longest = c.positions, max(map(len, prompts))
+        lengths, going = [len(ids) for ids in prompts], list(range(len(prompts)))        # of whom there is more to come
+        cache = torch.empty(c.layers, 2, len(prompts), c.kv_heads, longest + min(max_new_tokens, end), c.head_dim,
+                            dtype=self.precision(device), device=device)
         pad = torch.tensor([[longest - n] for n in lengths], device=device)                          # (B, 1)
         new = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)     # (B, T)
         for step in range(max_new_tokens):                           # the prompts, then a token at a time
             at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
             segments = (at < 0) * BRANCHES if min(lengths) < longest else None      # padding: another group
-            logits = self.predict(new, at.clamp(0, last), segments, caches).float()                  # (B, V)
+            logits = self.predict(new, at.clamp(0, end - 1), segments, cache).float()                # (B, V)
             drawn = sample(logits, temperature, top_p, generators and [generators[i] for i in going])
-            found = {i: token for i, token in zip(going, drawn) if token not in stop and lengths[i] + step <= last}
+            found = {i: token for i, token in zip(going, drawn) if token not in stop and lengths[i] + step < end}
             if not found:
                 return
             yield [found.get(i) for i in range(len(prompts))]
             rows = torch.tensor([row for row, i in enumerate(going) if i in found], device=device)
             if len(rows) < len(going):                               # who has finished is computed no longer
-                pad, going = pad[rows], list(found)
-                for cache in caches:
-                    cache.keep(rows)
+                pad, cache = pad[rows], cache[:, :, rows]
+                going = list(found)
             new = torch.tensor([[token] for token in found.values()], device=device)
 
     @torch.no_grad()
@@ -568,47 +491,45 @@ class Transformer(nn.Module):
             weight = weight.float() + module.scale * to_cpu(module.B) @ to_cpu(module.A)
         return weight
 
-    # --- Hugging Face folders ------------------------------------------------------------------------------
-
     @classmethod
     def from_config(cls, settings: dict, files: dict[str, bytes] | None = None) -> "Transformer":
         """A model with random weights (normal, 0.02) from the contents of a config.json, to be saved with `files`."""
         family, config = read_config(settings, "config")
-        model = cls(config)
-        for name, parameter in model.named_parameters():
+        model, parts = cls(config), family.parts(config.layers)
+        own = dict(model.named_parameters())                         # (no tied head)
+        for name, parameter in own.items():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
-        parts, parameters = family.parts(config.layers), dict(model.named_parameters())      # (no tied head)
-        tensors = {name: ("model.safetensors", torch.float32)
-                   for name, ours in parts.items() if ours[0] in parameters}
+        tensors = {name: ("model.safetensors", torch.float32) for name, ours in parts.items() if ours[0] in own}
         files = {"config.json": json.dumps(settings, indent=2).encode(), **(files or {})}
-        model.origin = Origin(family, files, tensors, {}, {}, parts)
-        model.stop_tokens, _ = end_tokens(files, config.vocab_size)
+        model.origin = Origin(family, files, tensors, {}, parts)
         return model
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32, shard: Callable | None = None) -> "Transformer":
         """Read a Hugging Face folder (config.json, safetensors); matrices become `dtype`, the rest float32.
-
         shard(model) may share the parameters of the still empty model out over ranks (FSDP2's fully_shard).
         Raises BadModel, naming the file or tensor: unknown family, pickles, missing or misshapen tensors."""
-        origin, config, tensors = read_folder(Path(folder))
+        folder = Path(folder)
+        origin, config = read_folder(folder)
         with torch.device("meta"):
             model = cls(config)
         if shard:
             shard(model)
         model.origin = origin
-        model.stop_tokens, _ = end_tokens(origin.files, config.vocab_size, Path(folder))
-        have, places = {}, dict(model.named_parameters(remove_duplicate=False))
-        for name, tensor in tensors:
+        have, places = {}, dict(model.named_parameters())
+        for file, name, tensor in read_tensors(folder):
+            origin.tensors[name] = file, tensor.dtype
+            if name.endswith(origin.family.buffers):
+                origin.buffers[name] = tensor
+                continue
             ours = origin.parts.get(name, ["none"])
-            check(ours[0] in places and ours[0] not in have,
-                  f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model of "
-                  f"{config.layers} layers, or shares it; is config.json that of another one?")
-            check(tensor.dtype in FLOATS,
+            check(ours[0] in places, f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model "
+                                     f"of {config.layers} layers; is config.json that of another one?")
+            check(tensor.is_floating_point() and tensor.itemsize > 1,
                   f"{folder}: tensor {name!r} is of {tensor.dtype}, quantised weights are not supported")
             sizes = [places[p].shape[0] for p in ours]
             shape, transposed = (sum(sizes), *places[ours[0]].shape[1:]), name.endswith(origin.family.transposed)
@@ -620,15 +541,13 @@ class Transformer(nn.Module):
                 tensor = take_turns(tensor, config.heads, len(ours))
             for p, part in zip(ours, tensor.split(sizes)):
                 part = part.to(device, dtype if part.dim() > 1 else torch.float32)
-                have[p] = to_shard(part.contiguous(), places[p])
-        if config.tied and ("embed.weight" in have or "head.weight" in have):
-            embed = have.setdefault("embed.weight", have.get("head.weight"))
-            head = have.setdefault("head.weight", embed)
-            check(torch.equal(embed, head),
-                  f"{folder}: config.json ties the head to the embedding, but the two tensors differ")
+                part = to_shard(part.contiguous(), places[p])
+                check(p not in have or torch.equal(have[p], part),
+                      f"{folder}: tensor {name!r} differs from another of the same place, such as that of a tied head")
+                have[p] = part
         missing = sorted(places.keys() - have.keys())
         check(not missing, f"{folder}: no tensor for {len(missing)} weights, such as {', '.join(missing[:3])}")
-        model.load_state_dict(have, assign=True)
+        model.load_state_dict(have, strict=False, assign=True)
         if config.tied:
             model.head.weight = model.embed.weight
         return model
@@ -647,7 +566,6 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that from_pretrained read, with these weights: same files, names, shapes, dtypes.
-
         Everything is written beside its place, forced to the disk, then renamed: no file is ever half written.
         Ranks that share the weights out must all ask for each of origin.tensors as `to_hf`, in their order."""
         folder, origin = Path(folder), self.origin
@@ -656,7 +574,7 @@ class Transformer(nn.Module):
         staging.mkdir(parents=True)
         for file in dict.fromkeys(file for file, _ in origin.tensors.values()):
             tensors = {name: self.to_hf(name) for name, (where, _) in origin.tensors.items() if where == file}
-            save_file(tensors, staging / file, metadata=origin.metadata.get(file, {"format": "pt"}))
+            save_file(tensors, staging / file, metadata={"format": "pt"})
             (staging / file).chmod(0o644)                            # safetensors makes it for its owner only
         for name, content in origin.files.items():
             (staging / name).write_bytes(content)
@@ -667,14 +585,25 @@ class Transformer(nn.Module):
         fsync(folder)
 
     @property
+    def stop_tokens(self) -> list[int]:
+        """The ends of a text that generation_config.json and config.json name."""
+        found = []
+        for name in ("generation_config.json", "config.json"):
+            ids = json.loads(self.origin.files.get(name, b"{}")).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+        return list(dict.fromkeys(token for token in found if type(token) is int))
+
+    @property
     def notes(self) -> list[str]:
         """What config.json asks for and training goes without; whoever trains should say it."""
-        settings = json.loads(self.origin.files["config.json"])
-        _, strays = end_tokens(self.origin.files, self.config.vocab_size)
-        return [*(f"config.json asks for {key}={settings[key]!r:.80}: there is no dropout here, it is 0"
-                  for key in DROPOUTS if settings.get(key)),
-                *(f"eos_token_id {token} is not one of the model's {self.config.vocab_size:,} tokens: passed over"
-                  for token in strays)]
+        settings, longest = json.loads(self.origin.files["config.json"]), self.config.positions
+        notes = [f"config.json asks for {key}={settings[key]!r:.80}: there is no dropout here, it is 0"
+                 for key in DROPOUTS if settings.get(key)]
+        notes += [f"eos_token_id {token} is not one of the model's {self.config.vocab_size:,} tokens: passed over"
+                  for token in self.stop_tokens if token not in range(self.config.vocab_size)]
+        if settings.get("max_position_embeddings", longest) > longest:
+            notes.append(f"its attention has a window: texts have at most its {longest:,} tokens")
+        return notes
 
 
 def to_shard(tensor: Tensor, place: Tensor) -> Tensor:
@@ -698,13 +627,8 @@ def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:
 def fsync(path: Path) -> None:
     """Return when a file's content, or a folder's list of names, is on the disk and not only on its way there."""
     number = os.open(path, os.O_RDONLY)                              # (open() takes no folders)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-LIKELIEST = 256                 # tokens in which the drawn one nearly always is: they are sorted, not all
+    os.fsync(number)
+    os.close(number)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator] | None) -> list[int]:
@@ -712,29 +636,25 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
     A row takes one random number of its own generator, and nothing of it depends on the other rows."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    chances = (logits / temperature).softmax(-1)                                             # (B, V)
+    drawn, chances = [], (logits / temperature).softmax(-1)                                  # (B, V)
+    points = torch.stack([torch.rand(1, generator=generators and generators[row]) for row in range(len(chances))])
     if top_p >= 1:                                                   # all are kept: their order does not matter
-        points = [torch.rand(1, generator=generators and generators[row]) for row in range(len(chances))]
         reach = chances.cumsum(-1)
-        places = torch.searchsorted(reach, torch.stack(points).to(reach.device) * reach[:, -1:])     # (B, 1)
+        places = torch.searchsorted(reach, points.to(reach.device) * reach[:, -1:])          # (B, 1)
         return places.clamp(max=chances.size(1) - 1).flatten().tolist()
-    drawn, chances = [], chances.cpu()                               # a row after the other
+    chances = chances.cpu()
     top, ids = chances.topk(min(LIKELIEST, chances.size(1)))                                 # (B, 256), sorted
-    for row, (some, names) in enumerate(zip(top, ids)):
+    for row, some, names, point in zip(chances, top, ids, points):
         if some.sum() < top_p:
-            some, names = chances[row].sort(descending=True)
+            some, names = row.sort(descending=True)
         reach = some.cumsum(0)
         reach = reach[:int((reach - some < top_p).sum())]            # (kept,) the running sum of those that are kept
-        point = torch.rand(1, generator=generators and generators[row]) * reach[-1]
-        drawn.append(int(names[torch.searchsorted(reach, point).clamp(max=len(reach) - 1)]))
+        drawn.append(int(names[torch.searchsorted(reach, point * reach[-1]).clamp(max=len(reach) - 1)]))
     return drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. LoRA: train a small update beside frozen weights
-
-TARGETS = ("q", "k", "v", "out", "gate", "up", "down")      # the projections of a block
-
+# 3. LoRA: train a small update beside frozen weights
 
 class LowRank(nn.Linear):
     """A frozen projection and a trained update of low rank:  W x + (alpha / rank) B A x  (arXiv 2106.09685).
@@ -756,10 +676,9 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ..
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for block in model.blocks:
-        for part in (block.attn, block.mlp):
-            for name, base in list(part.named_children()):
-                if name in targets:
-                    setattr(part, name, LowRank(base, rank, alpha, generator))
+        for name, base in list(block.named_children()):
+            if name in targets:
+                setattr(block, name, LowRank(base, rank, alpha, generator))
 
 
 def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
@@ -780,14 +699,11 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
             tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([part.A for part in updates])
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
             leaf = name.split(".", 3)[3]                             # model.layers.0.mlp.up_proj -> mlp.up_proj
-            ranks[leaf] = sum(part.A.size(0) for part in updates)
-    update = next(module for module in modules.values() if isinstance(module, LowRank))
-    rank = update.A.size(0)
+            ranks[leaf], scale = sum(part.A.size(0) for part in updates), updates[0].scale
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
-                "r": rank, "lora_alpha": update.scale * rank, "lora_dropout": 0.0, "target_modules": sorted(ranks),
-                "rank_pattern": {leaf: r for leaf, r in ranks.items() if r != rank},
-                "alpha_pattern": {leaf: update.scale * r for leaf, r in ranks.items() if r != rank},
-                "fan_in_fan_out": any(f".{leaf}.weight".endswith(family.transposed) for leaf in ranks)}
+                "r": max(ranks.values()), "rank_pattern": ranks, "lora_alpha": scale * max(ranks.values()),
+                "alpha_pattern": {leaf: scale * rank for leaf, rank in ranks.items()}, "lora_dropout": 0.0,
+                "target_modules": sorted(ranks), "fan_in_fan_out": bool(family.transposed)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -796,7 +712,7 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. Folders: reading and checking what a stranger wrote
+# 4. Folders: reading and checking what a stranger wrote
 
 class Origin(NamedTuple):
     """What a folder held besides the numbers, so that saving can give it back."""
@@ -804,15 +720,17 @@ class Origin(NamedTuple):
     files: dict[str, bytes]                       # config, tokenizer, index: copied as they are
     tensors: dict[str, tuple[str, torch.dtype]]   # name: (file, dtype)
     buffers: dict[str, Tensor]                    # tensors that are not parameters
-    metadata: dict[str, dict]                     # of each safetensors file
     parts: dict[str, list[str]]                   # name: our parameters that are stacked in it
 
 
 FILES = (".json", ".jinja", ".model", ".txt")     # endings of the files beside the weights that belong to a model
 LONGEST = 1 << 26                                 # bytes of such a file
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WHOLE = ("a model is a folder with config.json, *.safetensors and tokenizer.json; loading a pickle (*.bin, *.pt) can "
+         "run any code: convert it with transformers; an adapter alone is not a model: give one that it is merged into "
+         "(train.py --merge writes it)")
 DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
-SIZES = ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "positions")
+LARGEST = {"layers": 1 << 10, "positions": 1 << 40, **dict.fromkeys(
+    ("vocab_size", "dim", "heads", "kv_heads", "head_dim", "hidden"), 1 << 20)}
 
 
 def read_config(settings: dict, where: str) -> tuple[Family, Config]:
@@ -828,48 +746,29 @@ def read_config(settings: dict, where: str) -> tuple[Family, Config]:
         config = FAMILIES[kind].config(c)
         if config.rope is not None:                                  # fails here if a number is missing or is text
             ROPE_SCALING[config.rope["rope_type"]](config.rope["rope_theta"] ** -torch.ones(1), config.rope)
-        float(config.eps + 0)
-        for name in (*SIZES, "window") if config.sliding else SIZES:
+        for name, most in LARGEST.items():
             value = getattr(config, name)
-            check(type(value) is int and 0 < value < 1 << 63,
-                  f"a {kind} model needs a size above 0 for its {name}, found {value!r:.80}")
+            check(type(value) is int and 0 < value <= most,
+                  f"a {kind} model needs a number from 1 to {most:,} for its {name}, found {value!r:.80}")
         check(config.heads % config.kv_heads == 0, f"{config.heads} heads cannot share {config.kv_heads} for keys")
         check(config.rope is None or (config.rotary % 2 == 0 and 0 < config.rotary <= config.head_dim),
               f"{config.rotary} of {config.head_dim} coordinates cannot turn in pairs")
         check(config.activation in ACTIVATIONS,
               f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    except KeyError as error:
-        raise BadModel(f"{where}: a {kind} model needs {error} there") from None
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:       # the last from torch
-        known = isinstance(error, BadModel)
-        message = str(error) if known else f"a setting of this {kind!r:.80} model is not a number that fits ({error})"
-        raise BadModel(f"{where}: {message:.500}") from None
+    except BadModel as error:
+        raise BadModel(f"{where}: {error!s:.500}") from None
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:       # the last from torch
+        raise BadModel(f"{where}: this {kind!r:.80} model lacks a number that fits ({error!s:.300})") from None
     return FAMILIES[kind], config
-
-
-def end_tokens(files: dict[str, bytes], vocab_size: int, folder: Path = Path()) -> tuple[list[int], list[int]]:
-    """The end-of-text ids that generation_config.json and config.json name: those of the vocabulary, and others (as
-    GPT2Config's default is in a small vocabulary)."""
-    found = []
-    for name in ("generation_config.json", "config.json"):
-        ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
-        for token in ids if isinstance(ids, list) else [ids]:
-            if token is not None:
-                check(type(token) is int and token >= 0, f"{folder / name}: eos_token_id {token!r:.80} is no token")
-                found.append(token)
-    found = list(dict.fromkeys(found))
-    return [token for token in found if token < vocab_size], [token for token in found if token >= vocab_size]
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file.  Raises BadModel if it is too long, or not one."""
     def unique(items):
-        if len(dict(items)) < len(items):
-            raise ValueError("a name stands twice in an object")
+        check(len(dict(items)) == len(items), "a name stands twice in an object")
         return dict(items)
     try:
-        if path.stat().st_size > LONGEST:
-            raise ValueError(f"longer than {LONGEST:,} bytes")
+        check(path.stat().st_size <= LONGEST, f"longer than {LONGEST:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise BadModel(f"{path}: not JSON ({error})") from None
@@ -877,82 +776,51 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_folder(folder: Path) -> tuple[Origin, Config, Iterator[tuple[str, Tensor]]]:
-    """What is in a Hugging Face folder; the tensors come one by one."""
-    adapter = any((place / "adapter_config.json").exists() for place in (folder, folder / "adapter"))
-    whole = any(path.name != "adapter_model.safetensors" for path in folder.glob("*.safetensors"))
-    check(whole or not adapter, f"{folder}: an adapter alone is not a model: give one that it is merged into (train.py "
-                                "--merge writes it)")
-    found = "no config.json there" if folder.is_dir() else "no such folder"
-    check((folder / "config.json").is_file(),
-          f"{folder}: {found}; a model is a folder with config.json, *.safetensors and tokenizer.json")
+def read_folder(folder: Path) -> tuple[Origin, Config]:
+    """What is in a Hugging Face folder besides its tensors."""
+    check((folder / "config.json").is_file(), f"{folder}: no config.json there, or no such folder; {WHOLE}")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    home = folder.resolve()
+    parts = family.parts(config.layers)
+    if config.tied:                                                  # some files have the table under both names
+        parts[f"{family.head}.weight"] = ["embed.weight"]
+    parts |= {name.removeprefix(family.prefix): ours for name, ours in parts.items()}        # the first GPT-2's
+    origin, home = Origin(family, {}, {}, {}, parts), folder.resolve()
     if home.parent.name == "snapshots":                              # links in the hub's cache
         home = home.parents[1]
-    files, there = {}, {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-    for name, path in there.items():
-        check(path.suffix not in (*FILES, ".safetensors") or path.resolve().is_relative_to(home),
-              f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
-        if name in ("generation_config.json", "model.safetensors.index.json"):
-            read_json(path)
-        if path.suffix in FILES and path.stat().st_size <= LONGEST:
-            files[name] = path.read_bytes()
-    names = weight_files(folder, there)
-    bytes_there = sum(there[name].stat().st_size for name in names)
-    tables = config.vocab_size + (config.positions if config.rope is None else 0)
-    weights = config.dim * (tables + 2 * config.layers * (config.heads * config.head_dim + config.hidden))
-    check(weights <= bytes_there and config.layers <= 10_000,        # before a terabyte is asked of the machine
-          f"{folder}: config.json asks for {config.layers:,} layers, at least {weights:,} weights; the "
-          f"safetensors files have {bytes_there:,} bytes; is it that of another model?")
-    parts = family.parts(config.layers)
-    parts |= {name.removeprefix(family.prefix): ours for name, ours in parts.items()}
-    origin = Origin(family, files, {}, {}, {}, parts)
-    return origin, config, read_tensors(folder, names, origin)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (*FILES, ".safetensors"):
+            check(path.resolve().is_relative_to(home),
+                  f"{path}: a link that leads out of the folder; put the file itself there, or remove it")
+            if path.name in ("generation_config.json", "model.safetensors.index.json"):
+                read_json(path)
+            if path.suffix in FILES and path.stat().st_size <= LONGEST:
+                origin.files[path.name] = path.read_bytes()
+    return origin, config
 
 
-def weight_files(folder: Path, there: dict[str, Path]) -> list[str]:
-    """The names of the model's safetensors files, of those that are there."""
-    index = folder / "model.safetensors.index.json"
-    if "model.safetensors" in there:
-        return ["model.safetensors"]
-    pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    check(index.name in there or not pickles,
-          f"{folder}: no safetensors there, only {', '.join(pickles[:1])}: loading a pickle can run any code, "
-          "so none is read; convert it with transformers (from_pretrained, then save_pretrained)")
-    check(index.name in there, f"{folder}: neither model.safetensors nor its index there")
-    places = read_json(index).get("weight_map")
-    check(isinstance(places, dict) and places, f"{index}: has no weight_map from tensors to files")
-    for name in places.values():
-        check(isinstance(name, str) and name in there and name.endswith(".safetensors"),
-              f"{index}: its weight_map names the file {name!r:.300}, which is not a safetensors file in {folder}")
-    return sorted(set(places.values()))
-
-
-def read_tensors(folder: Path, names: list[str], origin: Origin) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters, and note in the origin where all tensors came from."""
-    for file in names:
+def read_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """(file, name, tensor) of all that the model's safetensors files hold."""
+    index, there = folder / "model.safetensors.index.json", [path.name for path in folder.iterdir() if path.is_file()]
+    files = ["model.safetensors"]
+    if files[0] not in there:
+        check(index.name in there, f"{folder}: neither model.safetensors nor its index in {there!r:.300}; {WHOLE}")
+        places = read_json(index).get("weight_map")
+        check(isinstance(places, dict) and places, f"{index}: has no weight_map from tensors to files")
+        for name in places.values():
+            check(name in there and name.endswith(".safetensors"),
+                  f"{index}: its weight_map names the file {name!r:.300}, which is not a safetensors file in {folder}")
+        files = sorted(set(places.values()))
+    for file in files:
         try:
             with safe_open(folder / file, "pt") as tensors:
-                origin.metadata[file] = tensors.metadata() or {}
                 for name in tensors.keys():                          # noqa: SIM118 (it is not a dict)
-                    tensor = tensors.get_tensor(name)
-                    origin.tensors[name] = file, tensor.dtype
-                    if name.endswith(origin.family.buffers):
-                        origin.buffers[name] = tensor
-                    else:
-                        yield name, tensor
+                    yield file, name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise BadModel(f"{folder / file}: not a whole safetensors file ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. Command line
-
-LIMITS = {"max_new_tokens": (1, 10 ** 6), "temperature": (0, 100), "top_p": (1e-6, 1), "seed": (0, 2 ** 32 - 1)}
-
-
 def main():
+    from data import Tokenizer  # only the command line reads text; to the model all is token ids
     parser = argparse.ArgumentParser(description="Continue a text, or answer a message.", allow_abbrev=False)
     parser.add_argument("folder", help="Hugging Face folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("-p", "--prompt", required=True, help="the text to continue")
@@ -962,40 +830,20 @@ def main():
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} is not from {low} to {high}")
     try:
-        talk(args)
-    except BrokenPipeError:                                          # the reader has seen enough (`| head -1`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = Tokenizer(args.folder)
+        args.prompt.encode()                                         # a clear ValueError unless it is UTF-8
+        ids = tokenizer.prompt([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
+        longest, words = model.config.positions - 1, model.config.vocab_size
+        check(0 < len(ids) <= longest, f"--prompt has {len(ids)} tokens, this model takes 1 to {longest}")
+        check(max(ids) < words, f"--prompt has the token id {max(ids)}; the model has {words}, from 0")
+        steps = model.generate([ids], args.max_new_tokens, args.temperature, args.top_p,
+                               (tokenizer.eos, *model.stop_tokens), [torch.Generator().manual_seed(args.seed)])
+        text = tokenizer.backend.decode(ids + [token for [token] in steps])[len(tokenizer.backend.decode(ids)):]
     except (ValueError, OSError) as error:
-        print(f"model.py: error: {error!s:.2000}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def talk(args: argparse.Namespace) -> None:
-    from data import Tokenizer  # only the command line reads text; to the model all is token ids
-
-    model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer(args.folder)
-    args.prompt.encode()                                             # a clear ValueError unless it is UTF-8
-    ids = tokenizer.prompt([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
-    longest, words = model.config.positions - 1, model.config.vocab_size
-    check(0 < len(ids) <= longest, f"--prompt has {len(ids)} tokens, it must have 1 to {longest}")
-    check(max(ids) < words, f"--prompt has the token id {max(ids)}; the model has {words}, from 0")
-    print("" if args.chat else args.prompt, end="", flush=True)
-    shown = len(tokenizer.backend.decode(ids))                       # all at once: spaces depend on what precedes
-    for [token] in model.generate([ids], args.max_new_tokens, args.temperature, args.top_p,
-                                  (tokenizer.eos, *model.stop_tokens), [torch.Generator().manual_seed(args.seed)]):
-        ids = [*ids, token]
-        text = tokenizer.backend.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):           # a character may take several tokens
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print(flush=True)
+        parser.error(f"{error!s:.2000}")
+    print(text if args.chat else args.prompt + text)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,13 @@ MODELS = {
     "llama-rope3": (transformers.LlamaConfig, dict(LLAMA, **ROPE3)),
     "llama-linear": (transformers.LlamaConfig, dict(LLAMA, **rope("linear", factor=4.0))),
     "mistral": (transformers.MistralConfig, dict(LLAMA, sliding_window=None, head_dim=16)),
-    "mistral-window": (transformers.MistralConfig, dict(LLAMA, sliding_window=7, tie_word_embeddings=True)),
+    "mistral-window": (transformers.MistralConfig, dict(LLAMA, sliding_window=48, tie_word_embeddings=True)),
     "qwen2": (transformers.Qwen2Config, dict(LLAMA, vocab_size=1000)),         # more than the tokenizer has
-    "qwen2-window": (transformers.Qwen2Config, dict(LLAMA, use_sliding_window=True, sliding_window=9,
+    "qwen2-window": (transformers.Qwen2Config, dict(LLAMA, use_sliding_window=True, sliding_window=48,
                                                     max_window_layers=1, tie_word_embeddings=True)),
     "qwen3": (transformers.Qwen3Config, dict(LLAMA, head_dim=16, tie_word_embeddings=True)),
     "qwen3-window": (transformers.Qwen3Config, dict(
-        LLAMA, head_dim=16, use_sliding_window=True, sliding_window=6, attention_bias=True,
+        LLAMA, head_dim=16, use_sliding_window=True, sliding_window=48, attention_bias=True,
         layer_types=["sliding_attention", "full_attention"])),
 }
 

@@ -14,6 +14,7 @@ from test_train import refused
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
+import model as model_py
 import train
 from data import Split, Tokenizer, collate, load_pairs
 from model import BRANCHES, Transformer, add_lora, attention_blocks, visible
@@ -29,31 +30,27 @@ def count():
 
 
 def row_of(*lengths):
-    """Segments and positions, (1, S), of groups (prompt, response, ...) of these lengths."""
-    segments, positions = [], []
-    for group, (prompt, *responses) in enumerate(lengths):
-        for branch, length in enumerate((prompt, *responses)):
+    """Segments, (1, S), of groups (prompt, response, ...) of these lengths."""
+    segments = []
+    for group, parts in enumerate(lengths):
+        for branch, length in enumerate(parts):
             segments += [group * BRANCHES + branch] * length
-            positions += range(prompt * (branch > 0), prompt * (branch > 0) + length)
-    return torch.tensor([segments]), torch.tensor([positions])
+    return torch.tensor([segments])
 
 
-@pytest.mark.parametrize("window", [None, 40, 129, 300, 700])
 @pytest.mark.parametrize("lengths", [
     [(1, 1, 1)], [(40, 60, 28)], [(100, 20, 9)], [(300, 500, 400), (700, 130, 600)], [(5, 900, 900)],
     [(60, 40, 80)] * 9, [(256, 128, 128, 256)] * 2])
-def test_blocks_are_the_rule(lengths, window):
+def test_blocks_are_the_rule(lengths):
     """`seen` is the mask of attention_tiles; what is passed over has nothing seen, what is not asked has all."""
-    segments, positions = row_of(*lengths)
-    mask, total = attention_blocks(segments, positions, window), segments.size(1)
+    segments = row_of(*lengths)
+    mask, total = attention_blocks(segments), segments.size(1)
     want = visible(segments[0][:, None], segments[0][None]).tril()
-    if window:
-        want &= positions[0][:, None] - positions[0][None] < window
     assert torch.equal(flex.create_mask(mask.mask_mod, 1, 1, total, total, "cpu")[0, 0], want)
 
     exact = flex.create_block_mask(mask.mask_mod, 1, 1, total, total, "cpu")         # looks at every score
     visited, least = mask.to_dense()[0, 0].bool(), exact.to_dense()[0, 0].bool()
-    assert (visited >= least).all() and visited.sum() <= (1.5 if window else 1) * least.sum()
+    assert (visited >= least).all() and visited.sum() <= least.sum()
     whole, most = torch.zeros(2, *visited.shape, dtype=torch.bool)
     for blocks, each in ((whole, mask), (most, exact)):
         for line, count, which in zip(blocks, each.full_kv_num_blocks[0, 0], each.full_kv_indices[0, 0]):
@@ -159,11 +156,11 @@ def test_no_row_waits_for_the_device(make_model, pairs, monkeypatch):
     world = train.join_world(cfg)._replace(device=torch.device("meta"))
     part = Split.plan(load_pairs(pairs, Tokenizer(folder), 64).pairs, 16, 0, 400, 0, world.device)
     model = Transformer.from_pretrained(folder).to("meta")
-    model.chunk = 10 ** 6
+    monkeypatch.setitem(model_py.CHUNK, "meta", 10 ** 6)
     monkeypatch.setattr(model, "precision", lambda device: torch.float32)             # (no autocast there)
     outcome = train.score_pairs(model, cfg.method, part, part.schedule.rows(0)[0], 0, world)
     outcome.loss.sum().backward()
     assert all(p.grad.is_meta for p in model.parameters())
-    attention_blocks(*(x.to("meta") for x in row_of((300, 500, 400))), 200)
+    attention_blocks(row_of((300, 500, 400)).to("meta"))
     with pytest.raises(RuntimeError):
         outcome.loss.sum().item()

@@ -25,8 +25,7 @@ KINDS = {
     "llama": dict(SIZES, model_type="llama", head_dim=64),
     "odd": dict(SIZES, model_type="llama", head_dim=80, tie_word_embeddings=True),
     "neox": dict(SIZES, model_type="gpt_neox", num_key_value_heads=4),
-    "window": dict(SIZES, model_type="qwen3", head_dim=64, use_sliding_window=True, sliding_window=200,
-                   layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "qwen3": dict(SIZES, model_type="qwen3", head_dim=64),
     "gpt2": dict(model_type="gpt2", vocab_size=3000, n_embd=256, n_layer=3, n_head=4, n_positions=2048),
 }
 
@@ -109,7 +108,7 @@ def test_heads_too_small_for_flex_attention_go_on_with_sdpa():
 
 
 def test_rows_of_any_length_share_few_graphs():
-    model = make(KINDS["window"])
+    model = make(KINDS["qwen3"])
     model.compile_blocks()
     lengths = set()
     for seed in range(12):
@@ -123,7 +122,7 @@ def test_rows_of_any_length_share_few_graphs():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_cpu_agrees(compiled):
     """Scores in float32, and the likeliest continuation, token by token."""
-    model = make(KINDS["window"])
+    model = make(KINDS["qwen3"])
     if compiled:
         model.compile_blocks()
     row, prompts = row_of(4, 5, 200), [[5, 6, 7], list(range(300)), [9]]
@@ -132,7 +131,7 @@ def test_the_cpu_agrees(compiled):
     steps = list(model.generate(prompts, 8, temperature=0))
     alone = [token for [token] in model.generate(prompts[:1], 8, temperature=0)]
     assert alone == [step[0] for step in steps] and len(alone) == 8
-    host = make(KINDS["window"]).cpu()
+    host = make(KINDS["qwen3"]).cpu()
     with torch.no_grad():
         want, want_entropy = host(*(x.cpu() for x in row.inputs()), entropy=True)
     assert (logp.cpu() - want).abs().max() < 1e-3 and (entropy.cpu() - want_entropy).abs().max() < 1e-3
@@ -181,7 +180,7 @@ class Impatient(World):
     *[("mallows-theta", dtype, compiled) for dtype in (torch.float32, torch.bfloat16) for compiled in (False, True)],
     *[(loss, torch.bfloat16, False) for loss in ("decay-dpo", "sampo", "bmc", "mallows-phi")]])
 def test_no_row_waits_for_the_device(loss, dtype, compiled, tmp_path):
-    model, world = make(KINDS["window"]), Impatient(0, 1, DEVICE, dtype)
+    model, world = make(KINDS["qwen3"]), Impatient(0, 1, DEVICE, dtype)
     model.checkpointed = compiled
     if compiled:
         model.compile_blocks()
@@ -230,7 +229,7 @@ def test_the_measurement_of_memory(compiled, checkpointed, capsys, tmp_path):
 def test_attention_never_holds_the_scores(dtype, total):
     """Nor a copy of its mask in each layer: of 8 heads that share 2 of keys, with a mask of any width."""
     ids, parts = torch.arange(total, device=DEVICE)[None] // 500 * 16, []
-    tiles = attention_tiles(ids, ids, total, dtype)
+    tiles = attention_tiles(ids, total, dtype)
     for heads in (8, 2, 2):
         parts.append(torch.randn(1, heads, total, 64, device=DEVICE, dtype=dtype, requires_grad=True))
     torch.cuda.reset_peak_memory_stats()

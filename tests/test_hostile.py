@@ -259,7 +259,6 @@ def tensor(dtype="F32", shape=(1,), offsets=(0, 4)):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-@pytest.mark.parametrize("room", [0, MIB])
 @pytest.mark.parametrize("content", [
     b"", b"abc", b"\0" * 4096, header({}, length=2 ** 63), header({}, length=2 ** 64 - 1), header({}, length=10 ** 8),
     header({"a": tensor(offsets=(0, 400))}, b"0000"), header({"a": tensor(), "b": tensor(offsets=(2, 6))}, b"000000"),
@@ -268,10 +267,9 @@ def tensor(dtype="F32", shape=(1,), offsets=(0, 4)):
     header({"a": tensor(shape=(2 ** 40, 2 ** 40))}, b"0000"), header({"a": tensor("X9")}, b"0000"),
     header({"a": tensor(offsets=(0.0, 4.0))}, b"0000"), header({"a": tensor(), "b": []}, b"0000"), header([]),
     header({"__metadata__": {"a": 3}}), header(b"\xff"), header(b"[" * MIB), header(b'{"a":' * MIB)])
-def test_headers_that_lie(folder, content, room):
-    (folder / "model.safetensors").write_bytes(content + bytes(room))
-    words = "not a whole safetensors file" if len(content) + room > 300_000 else "bytes"    # no room for the weights
-    refused(lambda: Transformer.from_pretrained(folder), "BadModel", words)
+def test_headers_that_lie(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(lambda: Transformer.from_pretrained(folder), "BadModel", "not a whole safetensors file")
 
 
 @pytest.mark.parametrize("name, kind, shape, words", [
@@ -344,8 +342,8 @@ HUGE = 10 ** 4000
 @pytest.mark.parametrize("family, changes, words", [
     *(("llama-tied", {name: value}, "config.json: ") for value in (HUGE, -1, 0, 2.0, 1e300, "x", True, [1], {"a": 1})
       for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")),
-    ("llama-tied", {"num_hidden_layers": 10 ** 6}, "1,000,000 layers"),
-    ("llama-tied", {"max_position_embeddings": HUGE}, "a size above 0"),
+    ("llama-tied", {"num_hidden_layers": 10 ** 6}, "for its layers, found 1000000"),
+    ("llama-tied", {"max_position_embeddings": HUGE}, "for its positions"),
     ("gpt2", {"n_embd": "x" * 999}, "config.json: "), ("gpt2", {"n_positions": HUGE}, "config.json: "),
     ("neox", {"head_dim": 10 ** 11, "rope_parameters": {"partial_rotary_factor": "a"}}, "config.json: "),
     ("llama-tied", {"rope_parameters": {"rope_theta": HUGE}}, "config.json: "),
@@ -356,18 +354,11 @@ HUGE = 10 ** 4000
     ("llama-tied", {"layer_types": ["\x1b[2J\n"] * 10 ** 5}, "layer_types"),
     ("llama-tied", {"quantization_config": {"x\n": ["\x1b"] * 10 ** 5}}, "quantization_config"),
     ("llama-tied", {"model_type": ["x\n"] * 10 ** 5}, "config.json: "), ("llama-tied", {"model_type": "x\n" * 99}, "x"),
-    ("llama-tied", {"eos_token_id": ["x" * 10 ** 5]}, "eos_token_id"),
-    ("llama-tied", {"surprise": {"a": [{}] * 99}}, None)])
+    ("llama-tied", {"eos_token_id": ["x" * 10 ** 5]}, None), ("llama-tied", {"surprise": {"a": [{}] * 99}}, None)])
 def test_configurations(make_model, tmp_path, family, changes, words):
     folder = shutil.copytree(make_model(family), tmp_path / "model")
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, **changes}))
-    if changes == {"num_hidden_layers": 10 ** 6}:                   # the smallest layers, and a file with room for them
-        tiny = {"hidden_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
-                "intermediate_size": 1, **changes}
-        (folder / "config.json").write_text(json.dumps({**settings, **tiny}))
-        room = 9 * MIB
-        (folder / "model.safetensors").write_bytes(header({"x": tensor("U8", (room,), (0, room))}, bytes(room)))
     if words is None:
         assert bounded(lambda: Transformer.from_pretrained(folder) and None) == ("none", None)
     else:

@@ -55,10 +55,10 @@ def test_frozen_matrices_may_be_bfloat16(make_model):
     model = Transformer.from_pretrained(folder, dtype=torch.bfloat16)
     add_lora(model, rank=2, alpha=4.0)
     kinds = {p.dtype for n, p in model.named_parameters() if n.endswith((".A", ".B")) or "norm" in n}
-    assert kinds == {torch.float32} and model.blocks[0].attn.q.weight.dtype == torch.bfloat16
+    assert kinds == {torch.float32} and model.blocks[0].q.weight.dtype == torch.bfloat16
     ids = torch.randint(0, 100, (1, 9))
     with torch.autocast("cpu", torch.bfloat16):
         model.logits(ids).sum().backward()
         wide = Transformer.from_pretrained(folder).logits(ids)
         assert (model.logits(ids) - wide).abs().max() < 0.05
-    assert model.blocks[0].attn.q.B.grad.dtype == torch.float32 and model.blocks[0].attn.q.weight.grad is None
+    assert model.blocks[0].q.B.grad.dtype == torch.float32 and model.blocks[0].q.weight.grad is None

@@ -315,7 +315,7 @@ def test_bad_folders_are_refused(run, make_model, pairs, tmp_path):
     shutil.copytree(make_model(), tmp_path / "model")
     flags = ["train.py", "--model", tmp_path / "model", "--data", pairs, "--out", tmp_path / "out"]
     (tmp_path / "model/model.safetensors").rename(tmp_path / "model/pytorch_model.bin")
-    refused(run(*flags), "only pytorch_model.bin: loading a pickle can run any code")
+    refused(run(*flags), "loading a pickle (*.bin, *.pt) can run any code")
     (tmp_path / "model/pytorch_model.bin").unlink()
     refused(run(*flags), "neither model.safetensors nor its index")
     (tmp_path / "model/config.json").write_text('{"model_type": "bloom"}')
