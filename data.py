@@ -15,7 +15,6 @@ import faulthandler
 import functools
 import gzip
 import hashlib
-import hmac
 import itertools
 import json
 import math
@@ -35,6 +34,8 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 import mallowspo
@@ -790,7 +791,7 @@ PAIRS_RULES = 1                # to be raised whenever the same records would gi
 def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tokenizer: Tokenizer,
                  *settings) -> Dataset:
     """load_pairs(names, tokenizer, *settings), from the file `path` if that was made of the same; else that is written
-    by write(path, content).  The last of the settings is `watch`, which changes nothing."""
+    by write(path, save), where save(path) does it.  The last of the settings is `watch`, which changes nothing."""
     files, contents = [fetch(name) for name in names], []
     if not all(file.is_file() for file in files):      # nothing there, or a pipe, which can be read once
         return load_pairs(list(names), tokenizer, *settings)
@@ -802,34 +803,38 @@ def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tok
     if dataset is None:
         dataset = load_pairs(list(names), tokenizer, *settings)
         if write is not None:
-            write(path, write_dataset(dataset, key))
+            write(path, functools.partial(write_dataset, dataset, key))
     return dataset
 
 
-def write_dataset(dataset: Dataset, key: str) -> bytearray:
-    """What read_dataset reads if it has the same key, and every bit is as it was: a digest (32 bytes), how many token
-    ids there are (8), the ids, and all else as JSON."""
-    facts = [dataset[1:], *([*map(len, pair[:3]), *pair[3:]] for pair in dataset.pairs)]
+def checksum(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor)
+    return digest.hexdigest()
+
+
+def write_dataset(dataset: Dataset, key: str, path: Path) -> None:
+    """As safetensors: what read_dataset takes for these pairs if it has the same key, and every bit is as it was."""
     ids = [part for pair in dataset.pairs for part in pair[:3]]
-    size = np.array([sum(map(len, ids))], dtype=np.int64)
-    content = bytearray().join([bytes(32), size, *ids, json.dumps(facts).encode()])
-    content[:32] = hmac.new(key.encode(), memoryview(content)[32:], "sha256").digest()
-    return content
+    facts = [dataset[1:], *(pair[3:] for pair in dataset.pairs)]
+    tensors = {"ids": np.concatenate(ids), "lengths": np.array([len(part) for part in ids], dtype=np.int64),
+               "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
+    save_file(tensors, path, metadata={"key": key, "sha256": checksum(tensors)})
 
 
 def read_dataset(path: Path, key: str) -> Dataset | None:
     """What write_dataset wrote, its ids as views of the mapped file; None: nothing, or of another key, or damaged."""
     try:
-        content = np.memmap(path, np.uint8, "c").view(np.ndarray)
-    except (OSError, ValueError):                       # the latter of an empty file
+        with safe_open(path, "pt") as file:             # its tensors are views of the file, numpy's would be copies
+            tensors = {name: file.get_tensor(name).numpy() for name in ("ids", "lengths", "facts")}
+            if file.metadata() != {"key": key, "sha256": checksum(tensors)}:
+                return None
+    except (OSError, SafetensorError, TypeError):       # TypeError: numbers of a kind that numpy has not
         return None
-    if content[:32].tobytes() != hmac.new(key.encode(), content[32:], "sha256").digest():
-        return None
-    end = 40 + 4 * int(content[32:40].view(np.int64)[0])
-    (*counts, forms), *facts = json.loads(content[end:].tobytes())
-    ends = np.cumsum([size for fact in facts for size in fact[:3]])
-    ids = iter(np.split(content[40:end].view(np.int32), ends[:-1]))
-    return Dataset([Pair(next(ids), next(ids), next(ids), *fact[3:]) for fact in facts], *counts, tuple(forms))
+    (*counts, forms), *facts = json.loads(tensors["facts"].tobytes())
+    ids = iter(np.split(tensors["ids"], tensors["lengths"].cumsum()[:-1]))
+    return Dataset([Pair(next(ids), next(ids), next(ids), *fact) for fact in facts], *counts, tuple(forms))
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:

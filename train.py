@@ -701,7 +701,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
             write_file(path, content)
 
     def load(name):
-        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.pairs"
+        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
         read = functools.partial(cached_pairs, cache, None if cfg.dry_run else keep, paths, tokenizer, longest,
                                  cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
                                  functools.partial(progress, world, "reading", unit="records"))
@@ -1036,9 +1036,13 @@ def lock_folder(path: Path, wait: bool = True):
         raise BadConfig(f"{path.parent}: cannot be written ({error.strerror})") from None
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """The content, or what content(path) writes."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(content)
+    if callable(content):
+        content(new)
+    else:
+        new.write_bytes(content)
     fsync(new)
     os.replace(new, path)
 

@@ -32,7 +32,7 @@ def ours(file: str, model: str, cache: str) -> dict:
     import train
     tokenizer = train.Tokenizer(model)                              # as TRL's, before the clock and the memory are read
     began, idle = time.perf_counter(), peak_mb()
-    pairs = train.cached_pairs(Path(cache), lambda path, content: path.write_bytes(content), (file,), tokenizer, 1024,
+    pairs = train.cached_pairs(Path(cache), lambda path, save: save(path), (file,), tokenizer, 1024,
                                0.1, False, True, (), None, iter).pairs
     return {"seconds": time.perf_counter() - began, "mb": peak_mb() - idle, "pairs": len(pairs)}
 
@@ -87,7 +87,7 @@ def main():
         return
     with tempfile.TemporaryDirectory() as work:
         for kind, file in write_files(args, work).items():
-            cache, found = str(Path(work) / f"{kind}.pairs"), {}
+            cache, found = str(Path(work) / f"{kind}.safetensors"), {}
             jobs = dict.fromkeys(("ours", "again"), (sys.executable, [file, args.model, cache]))
             if args.peer:
                 jobs["trl"] = args.peer, [file, args.model]

@@ -859,13 +859,13 @@ def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
     """200 times a bit of it is flipped, or its end is cut off: it is made again, or was as before."""
     rows = [{**GOOD, "chosen": f" yes {i}", "votes": [i + 1, 0], "scores": [i, 0.5]} for i in range(20)]
     write_jsonl(tmp_path / "f.jsonl", rows)
-    path, settings = tmp_path / "cache/f.pairs", (50, 0.1, False, True, (), None, iter)
+    path, settings = tmp_path / "cache/f.safetensors", (50, 0.1, False, True, (), None, iter)
     written = []
 
-    def write(path, content):
+    def write(path, save):
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-        written.append(content)
+        save(path)
+        written.append(path)
     want = data.cached_pairs(path, write, (tmp_path / "f.jsonl",), tokenizer, *settings)
     content, rng = path.read_bytes(), np.random.default_rng(0)
     for turn in range(200):

@@ -148,7 +148,7 @@ def test_a_short_last_batch_over_more_processes_than_pairs(run, make_model, tmp_
 def test_pairs_come_through_a_pipe(make_model, pairs, tmp_path):
     flags = ["--model", make_model(), "--data", "/dev/stdin", "--steps", "1", "--samples", "0", "--out", tmp_path]
     done = subprocess.run([sys.executable, ROOT / "train.py", *flags], input=pairs.read_bytes(), capture_output=True)
-    assert done.returncode == 0 and not (tmp_path / "cache/data.pairs").exists(), done.stderr
+    assert done.returncode == 0 and not (tmp_path / "cache/data.safetensors").exists(), done.stderr
 
 
 def test_curves_and_progress(trained, run, make_model, pairs, held_out, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_pairs_are_tokenised_once(run, make_model, pairs, tmp_path):
     flags = ["train.py", "--model", make_model(), "--data", data, "--out", out, "--steps", 2, "--batch-size", 4,
              "--samples", 0]
     assert run(*flags).returncode == 0
-    cache = out / "cache/data.pairs"
+    cache = out / "cache/data.safetensors"
     first, made = cache.read_bytes(), cache.stat().st_mtime_ns
     for more, processes in (([], 1), ([], 2)):
         done = run(*flags, *more, processes=processes)
