@@ -34,11 +34,10 @@ import shutil
 import signal
 import sys
 import time
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -344,107 +343,98 @@ def refuse(wrong, why: str) -> None:
         raise BadConfig(why)
 
 
-def flag(default, text, **kind):
-    return field(default=default, metadata={"help": text, **kind})
+def flag(default, text: str, rule: tuple[str, Callable] | None = None, **kind):
+    return field(default=default, metadata={"help": text, "rule": rule, "kind": kind})
 
 
 def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def number_or_word(text: str) -> float | str:
-    """A type of flags; whether the word is a known one, Config says."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def learn_or_number(text: str) -> str | float:
+    return text if text == "learn" else float(text)
 
+
+# What a value must be or do, in words, and the test of it.
+ABOVE_0 = "be a number above 0", lambda v: 0 < v < math.inf
+FROM_0 = "be a number, 0 or above", lambda v: 0 <= v < math.inf
+SHARE = "be from 0 to 1", lambda v: 0 <= v <= 1
+BELOW_HALF = "be from 0 to below 0.5", lambda v: 0 <= v < 0.5
+POWER = f"be learn, or from 0 to {mallowspo.POWERS[1]:.0f}", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1]
+FINITE = "be a number", math.isfinite
+PAIRS = "be a share below 1 or a whole number, not below 0", lambda v: 0 <= v < 1 or (v > 0 and v % 1 == 0)
+SEED = "be 0 to below 2^32", lambda v: 0 <= v < 2 ** 32
+NAME = "not be empty, nor hold control characters", lambda v: v and v.isprintable()
+NAMES = "name files or folders", lambda v: all(name and name.isprintable() for name in v)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-VALUES = [          # flags, what their values must fulfil, and in words
-    ("model out reference", lambda v: v and v.isprintable(), "not be empty, nor hold control characters"),
-    ("data eval_data references", lambda v: all(name and name.isprintable() for name in v), "name files"),
-    ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha "
-     "advantage_beta",
-     lambda v: 0 < v < math.inf, "be a number above 0"),
-    ("eval_pairs save_every samples sample_tokens sft lora_rank token_cap focal advantage",
-     lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
-    ("warmup alpha eta max_dropped token_decay reference_clip", lambda v: 0 <= v <= 1, "be from 0 to 1"),
-    ("smoothing", lambda v: 0 <= v < 0.5, "be from 0 to below 0.5"),
-    ("dispersion_power", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1]),
-     "be learn, or from 0 to 8"),
-    ("margin length_term", math.isfinite, "be a number"),
-    ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
-]
-TERMS = {           # of the loss, by the flag that puts it to use: the flags that are parts of it
-    "dispersion": (), "token_weights": ("token_decay", "token_cap"), "clip_rejected": (), "length_term": (),
-    "smoothing": ("unbiased",), "focal": ("focal_gradient",), "advantage": ("advantage_beta",),
-    "references": ("reference_mix", "reference_clip"),
+TERMS = ("dispersion", "token_weights", "clip_rejected", "length_term", "smoothing", "focal", "advantage", "references")
+PARTS = {           # flags that are a part of what another flag puts to use
+    "token_decay": "token_weights", "token_cap": "token_weights", "unbiased": "smoothing", "focal_gradient": "focal",
+    "advantage_beta": "advantage", "reference_mix": "references", "reference_clip": "references",
+    "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank",
 }
 
 
 @dataclass(frozen=True)
 class Config:
     """Preference-train a language model (without --model: the demo)."""
-    model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json")
-    data: tuple[str, ...] | None = flag(None, "preference pairs: files (.jsonl, .json, .csv, also .gz; .parquet), "
-                                               "hf://datasets/...")
-    eval_data: tuple[str, ...] | None = flag(None, "held-out pairs")
+    model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json", NAME)
+    data: tuple[str, ...] | None = flag(None, "files of pairs: .jsonl, .json, .csv (.gz), .parquet; or hf://...", NAMES)
+    eval_data: tuple[str, ...] | None = flag(None, "held-out pairs", NAMES)
     columns: tuple[str, ...] | None = flag(None, "names of columns in --data: prompt=question chosen=good ...")
-    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
-    out: str = flag("out", "folder for the model and all records")
-    reference: str | None = flag(None, "file for the reference's scores (default: OUT/cache/reference.safetensors)")
-    references: tuple[str, ...] | None = flag(None, "further references, folders, for their mean with --model (MRPO)")
+    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share", PAIRS)
+    out: str = flag("out", "folder for the model and all records", NAME)
+    reference: str | None = flag(None, "file for the reference's scores (default: in OUT/cache)", NAME)
+    references: tuple[str, ...] | None = flag(None, "folders of further references, for a mean with --model", NAMES)
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags to --reference-clip change it")
     dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
-    beta: float | None = flag(None, "pull to the reference")
-    alpha: float | None = flag(None, "share of the reference in the reward")
-    eta: float | None = flag(None, "1: log-ratios per token")
-    margin: float | None = flag(None, "lead that the chosen response must have")
-    sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood")
+    beta: float | None = flag(None, "pull to the reference", ABOVE_0)
+    alpha: float | None = flag(None, "share of the reference in the reward", SHARE)
+    eta: float | None = flag(None, "1: log-ratios per token", SHARE)
+    margin: float | None = flag(None, "lead that the chosen response must have", FINITE)
+    sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood", FROM_0)
     token_weights: Literal[("equal", *TOKEN_WEIGHTS)] | None = flag(None, "which tokens count more than others")
-    token_decay: float | None = flag(None, "of decay: a token's weight, as a share of that of the token before")
-    token_cap: float | None = flag(None, "of difference: the most that is added to a token's weight of 1")
+    token_decay: float | None = flag(None, "of decay: a token's weight, as a share of that of the one before", SHARE)
+    token_cap: float | None = flag(None, "of difference: the most that is added to a token's weight of 1", FROM_0)
     clip_rejected: bool | None = flag(None, "no more push on a rejected response that is below the reference")
-    length_term: float | None = flag(None, "what a longer chosen response is ahead by, per token")
-    smoothing: float | None = flag(None, "share of the labels held to be wrong")
+    length_term: float | None = flag(None, "what a longer chosen response is ahead by, per token", FINITE)
+    smoothing: float | None = flag(None, "share of the labels held to be wrong", BELOW_HALF)
     unbiased: bool | None = flag(None, "subtract what wrong labels do on average, instead of imitating them")
-    focal: float | None = flag(None, "less weight to pairs that the policy gets wrong: g to this power")
+    focal: float | None = flag(None, "less weight to pairs that the policy gets wrong: g to this power", FROM_0)
     focal_gradient: bool | None = flag(None, "let the gradient pass through that weight")
-    advantage: float | None = flag(None, 'weight of a likelihood of both responses, by the "rewards" of the records')
-    advantage_beta: float | None = flag(None, "rewards by which the weight in that likelihood grows e-fold")
+    advantage: float | None = flag(None, 'weight of a likelihood of both responses, by the records\' "rewards"', FROM_0)
+    advantage_beta: float | None = flag(None, "rewards by which the weight in that likelihood grows e-fold", ABOVE_0)
     reference_mix: Literal["adaptive", "equal"] | None = flag(None, "weights of several references")
-    reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it")
-    phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
-    dispersion_power: float | str | None = flag(
-        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)",
-        type=number_or_word)
-    lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
-    lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
+    reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it", SHARE)
+    phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)", ABOVE_0)
+    dispersion_power: float | str | None = flag(None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out "
+                                                "(default: 1, of scores learn)", POWER, type=learn_or_number)
+    lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights", FROM_0)
+    lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)", ABOVE_0)
     lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
     merge: bool = flag(False, "with --lora-rank: save the whole model too, the updates added to its weights")
-    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more")
-    warmup: float = flag(0.1, "share of the steps in which the rate rises")
+    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more", ABOVE_0)
+    warmup: float = flag(0.1, "share of the steps in which the rate rises", SHARE)
     decay: Literal[tuple(DECAYS)] = flag("cosine", "how the rate falls afterwards")
-    clip: float = flag(1.0, "largest gradient norm")
-    batch_size: int = flag(64, "pairs per step, over all GPUs")
-    epochs: int | None = flag(None, "passes over the data (default: 1)")
-    steps: int | None = flag(None, "stop after this many steps instead")
-    max_tokens: int | None = flag(None, "longest prompt + response, longer prompts are cut from the left (default: "
-                                  "1024, or what the model was made for)")
-    tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, with --compile 16384)")
+    clip: float = flag(1.0, "largest gradient norm", ABOVE_0)
+    batch_size: int = flag(64, "pairs per step, over all GPUs", ABOVE_0)
+    epochs: int | None = flag(None, "passes over the data (default: 1)", ABOVE_0)
+    steps: int | None = flag(None, "stop after this many steps instead", ABOVE_0)
+    max_tokens: int | None = flag(None, "longest prompt + response; prompts lose their start (default: 1024)", ABOVE_0)
+    tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, compiled 16384)", ABOVE_0)
     checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory per token")
     compile: bool = flag(False, "compile the model's blocks (needs a compiler), and use flex_attention on a GPU")
-    max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error")
+    max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error", SHARE)
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
-    eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
-    log_every: int = flag(1, "steps between progress lines (metrics.jsonl has every step)")
-    save_every: int | None = flag(None, "steps between checkpoints, 0: none at all (default: every half an hour)")
+    eval_every: int = flag(100, "steps between evaluations of the held-out pairs", ABOVE_0)
+    log_every: int = flag(1, "steps between progress lines (metrics.jsonl has every step)", ABOVE_0)
+    save_every: int | None = flag(None, "steps between checkpoints, 0: none at all (default: half an hour)", FROM_0)
     resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
     on_nonfinite: Literal["stop", "skip"] = flag("stop", "what becomes of a step whose loss or gradient is not finite")
-    samples: int = flag(2, "prompts to answer before and after")
-    sample_tokens: int = flag(64, "longest sample")
-    seed: int = flag(0, "order of the data, and sampling")
+    samples: int = flag(2, "prompts to answer before and after", FROM_0)
+    sample_tokens: int = flag(64, "longest sample", FROM_0)
+    seed: int = flag(0, "order of the data, and sampling", SEED)
     shard: bool = flag(False, "share the model out over the processes of torchrun (FSDP2), instead of a copy each")
     param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16: updates rounded at random")
     dry_run: bool = flag(False, "measure the memory that a step takes, and stop")
@@ -455,48 +445,40 @@ class Config:
         for name in ("data", "eval_data", "references", "columns"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        for names, fits, what in VALUES:
-            for name in names.split():
-                value = getattr(self, name)
-                refuse(value is not None and not fits(value), f"{dashed(name)} is {value!r}, it must {what}")
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata["rule"]
+            if rule and value is not None:
+                what, fits = rule
+                refuse(not fits(value), f"{dashed(f.name)} is {value!r}, it must {what}")
         alone = self.model is None
-        savers = {"--shard": self.shard, "--lora-rank": self.lora_rank, "--param-dtype": self.param_dtype != "float32"}
-        used = [name for name, given in savers.items() if given]
-        refuse(len(used) > 1, f"{' and '.join(used)} do not go together; give one of them")
-        refuse(not self.lora_rank and (self.merge or self.lora_alpha or self.lora_targets),
-               "--lora-alpha, --lora-targets and --merge are for --lora-rank, which is 0")
-        refuse(self.eval_pairs > 1 and self.eval_pairs % 1,
-               f"--eval-pairs is {self.eval_pairs}, it must be a share below 1 or a whole number")
-        refuse(self.eval_data and self.eval_pairs, "--eval-pairs is for runs without --eval-data; give one of them")
-        refuse(self.epochs and self.steps,
-               "--epochs and --steps both say when to stop; give one of them (the demo takes --steps)")
-        refuse(self.resume and alone, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
-        refuse(self.method.dispersion == "constant" and self.power == "learn",
-               f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
-        refuse(self.power == "learn" and self.phi_star,
-               "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
-        self.refuse_terms()
+        refuse(alone and self.resume, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
+        refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
+        refuse(not alone and not self.data, "--data is missing: a file of preference pairs")
         refuse(not alone and Path(self.model).resolve() == Path(self.out).resolve(),
                f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
         refuse(self.reference and Path(self.reference).is_dir(),
                f"--reference {self.reference}: a folder, it should be a file for the reference's scores")
-        refuse(not alone and self.data is None, "--data is missing: a file of preference pairs")
-        refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
-
-    def refuse_terms(self) -> None:
-        """Raise BadConfig if terms of the loss do not go together, or a flag is for a term that is not in use."""
+        refuse([self.shard, self.lora_rank > 0, self.param_dtype == "bfloat16"].count(True) > 1,
+               "--shard, --lora-rank and --param-dtype do not go together; give one of them")
+        refuse(self.eval_data and self.eval_pairs, "--eval-pairs is for runs without --eval-data; give one of them")
+        refuse(self.epochs and self.steps, "--epochs and --steps both say when to stop (the demo has --steps)")
         method = self.method
-        for term, parts in TERMS.items():
-            used = getattr(method, term, self.references) not in (None, "constant", "equal", 0)     # (or no column)
-            refuse(used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
-            refuse(used and term in ("references", "clip_rejected") and not method.alpha,
-                   f"{dashed(term)} is about the reference, and with --alpha 0 none is used")
-            for part in parts:
-                refuse(not used and getattr(self, part) is not None,
-                       f"{dashed(part)} is a part of {dashed(term)}, which is not in use")
+        used = {name for name, neutral in Method._field_defaults.items() if getattr(method, name) != neutral}
+        used |= {name for name in ("references", "lora_rank") if getattr(self, name)}
+        for term in TERMS:
+            refuse(term in used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
+        for term in ("references", "clip_rejected"):
+            refuse(term in used and not method.alpha, f"{dashed(term)} is about the reference, unused with --alpha 0")
+        for part, whole in PARTS.items():
+            refuse(getattr(self, part) not in (None, False) and whole not in used,
+                   f"{dashed(part)} is a part of {dashed(whole)}, which is not in use")
         refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
         refuse(self.references and method.token_weights != "equal",
                "--references are mixed response by response: not together with --token-weights")
+        refuse(self.power == "learn" and method.dispersion == "constant",
+               f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
+        refuse(self.power == "learn" and self.phi_star,
+               "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
 
     @property
     def method(self) -> Method:
@@ -518,12 +500,12 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
                                      usage="train.py [--model DIR --data FILE] [flags]    (--help lists them)",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="settings from a JSON file, such as OUT/run.json; other flags win")
-    kinds = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
+    kinds = get_type_hints(Config)
+    for f in fields(Config):
         text = f.metadata["help"]
         if f.default is not None and f.default is not False:
             text += f" (default: {f.default})"
-        parser.add_argument(dashed(f.name), **{**flag_kind(kinds[f.name]), **f.metadata, "help": text})
+        parser.add_argument(dashed(f.name), help=text, **{**flag_kind(kinds[f.name]), **f.metadata["kind"]})
     first, _ = parser.parse_known_args(argv)
     try:
         before = config_flags(first.config) if "config" in first else []
@@ -536,7 +518,7 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
 
 def flag_kind(hint) -> dict:
     """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    kind, inner = get_origin(hint), get_args(hint)
     if type(None) in inner:
         return flag_kind(inner[0])
     if kind is tuple:
@@ -548,13 +530,13 @@ def flag_kind(hint) -> dict:
 
 def config_flags(path: str) -> list[str]:
     """A JSON file of settings as flags, so that both meet the same checks.  Raises BadConfig or BadModel."""
-    flags = []
     try:
         settings = read_json(Path(path))
     except OSError as error:
         raise BadConfig(f"--config {path}: {error.strerror}") from None
     settings = settings.get("config", settings)
     refuse(not isinstance(settings, dict), f"--config {path}: its 'config' is not a JSON object")
+    flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(dashed(name if value else f"no_{name}"))
