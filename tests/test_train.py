@@ -109,7 +109,7 @@ def test_the_folder_loads_in_transformers(trained, make_model):
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]      # no loader mistakes another
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "preference-trained by mallows-theta" in card
-    assert "Held out: loss 0." in card and "trust" in card and "| beta | 0.1 |" in card and "smoothing" not in card
+    assert "| held-out loss | 0." in card and "trust" in card and "| beta | 0.1 |" in card and "smoothing" not in card
 
 
 def same_run(trained, other, exactly=False):
