@@ -545,7 +545,6 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         measure_memory(cfg, model, splits[0], world)
         if cfg.dry_run:
             return
-        world.on_rank0(refuse_small_disk, cfg, model)
         record = new_record(cfg, splits, fingerprint(model, world))
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
@@ -1078,22 +1077,6 @@ def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[by
 def checkpoints(out: Path) -> list[Path]:
     """OUT/checkpoint/step-N, the newest first: each holds all that the steps change."""
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
-
-
-def checkpoint_size(cfg: Config, model: Transformer) -> int:
-    """Bytes: what was trained and AdamW's two moments of it, in float32, and the model's folder."""
-    folder = max(dtype.itemsize for _, dtype in model.origin.tensors.values()) if cfg.merge or not cfg.lora_rank else 0
-    trained = 16 if cfg.lora_rank else 12                          # the adapter's folder is in float32 too
-    return sum(p.numel() * (folder + trained if p.requires_grad else folder) for p in model.parameters())
-
-
-def refuse_small_disk(cfg: Config, model: Transformer) -> None:
-    """Raise BadConfig if the final model, and two checkpoints for a moment, have no room."""
-    need = checkpoint_size(cfg, model) * (1 if cfg.save_every == 0 else 2)
-    freed = sum(path.stat().st_size for path in Path(cfg.out).glob("checkpoint/**/*.safetensors"))
-    room = shutil.disk_usage(cfg.out).free + freed
-    refuse(room < need, f"{cfg.out}: {need:,} bytes are needed there, {room:,} are free; make room, choose another "
-           "--out, or do without checkpoints (--save-every 0)")
 
 
 def save_if_due(run: Run, done: int, steps: int) -> None:
