@@ -21,24 +21,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import gc
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import sys
 import time
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -91,27 +88,25 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
         del outcome, loss                                               # or this row's logits stay beside the next's
     outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
     places = to_device([batch.index(i) for indices in rows for i in indices], world.device)
-    of_pairs = torch.zeros(2, len(batch), device=world.device)          # is the loss finite; the accuracy
-    of_pairs[0, places] = torch.isfinite(outcomes[0]).float()
-    of_pairs[1, places] = outcomes[1].nan_to_num(0.5)
-    finite, accuracy = world.sum_over_ranks(of_pairs).tolist()
+    of_pairs = torch.zeros(2, len(batch), device=world.device)
+    of_pairs[:, places] = outcomes[:2]                                  # the loss and the accuracy
+    losses, accuracy = world.sum_over_ranks(of_pairs)                   # (pairs of all ranks), in the batch's order
     sums = world.sum_over_ranks(outcomes.sum(1)).tolist()               # of each field of Outcome
-    figures = {name: value / len(batch) for name, value in zip(Outcome._fields, sums)}
-    bad = [i for i, sound in zip(batch, finite) if not sound]
+    bad = [i for i, sound in zip(batch, losses.isfinite().tolist()) if not sound]
     norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
-    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy
+    figures = {name: total / len(batch) for name, total in zip(Outcome._fields, sums)}
+    return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy.nan_to_num(0.5).tolist()
 
 
 def train(run: Run, splits: list[Split]) -> None:
     """Take the steps that are left, on splits[0]; what follows it is held out.  run.on_step(step, model) is called
     before each step and after the last."""
-    cfg, world = run.cfg, run.world
-    split = splits[0]
+    cfg, split = run.cfg, splits[0]
     for step in range(run.state["step"], split.steps + 1):
         run.on_step(step, run.model)
         if step % cfg.eval_every == 0 or step == split.steps:
             for held_out in splits[1:]:
-                run.log_evaluation(step, evaluate(run.model, cfg.method, held_out, world))
+                run.log_evaluation(step, evaluate(run.model, cfg.method, held_out, run.world))
         if step == split.steps:
             break
         began = time.perf_counter()
@@ -122,13 +117,7 @@ def train(run: Run, splits: list[Split]) -> None:
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
                 weigh_prompts(cfg, splits, run.state)
-        asked = [len(run.signals), checkpoint_due(run, step + 1, split.steps)]
-        stop, due = world.sum_over_ranks(torch.tensor(asked, device=world.device)).tolist()      # of any rank
-        if (stop or due) and cfg.save_every != 0:                       # 0: never
-            save_checkpoint(run, step + 1)
-        if stop:
-            world.barrier()                                             # torchrun ends all when one ends
-            raise KeyboardInterrupt((run.signals or [signal.SIGTERM])[0])       # (the signal may be another rank's)
+        save_if_due(run, step + 1, split.steps)                         # and end here if a signal asks for it
 
 
 @torch.no_grad()
@@ -161,11 +150,10 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 # 2. The reference and the weights: the model before step 1 scores each pair once, into a file
 
-SCORES_SECONDS = 120                               # between writes of the reference's scores
+SCORES_SECONDS = 60                                # between writes of the reference's scores
 PROGRESS_SECONDS = 10                              # between lines on what takes long
 
 
-@torch.no_grad()
 def score_reference(model: Transformer, path: Path, key: str, splits: list[Split], world: World) -> dict[bytes, Scores]:
     """Score the pairs that the file lacks, each in the first row that has it; every rank gets all scores.
 
@@ -173,41 +161,43 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     A pass that is interrupted goes on from what is in the file."""
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
             for row in split.schedule.all_rows(step, world.size)]  # of all ranks: those of rank r are rows[r::size]
-    known = read_reference(path, key)
-    first, fresh = {}, {}                                          # where a pair is first; scores not yet in the file
-    for i, row in enumerate(rows):
-        for pair in row:
-            first.setdefault(pair.digest(), i)
+    first = {pair.digest(): i for i in reversed(range(len(rows))) for pair in rows[i]}
+    known = write_reference(path, key, {})                         # (raises now, not after the pass, if it cannot)
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
+    turns = sorted({first[digest] // world.size for digest in missing})                   # of all ranks, at once
     began = saved = time.perf_counter()
-    try:
-        turns = sorted({first[digest] // world.size for digest in missing})               # of all ranks, at once
-        for turn in progress(world, "reference", turns, len(turns)):
-            i, end = turn * world.size + world.rank, 0
-            row = collate([pair[:3] for pair in rows[i]], BRANCHES, world.device)
-            with world.autocast():
-                scores = torch.stack(model(*row.inputs(), entropy=True)).cpu().numpy()    # (2, N): waits for a GPU
-            if not np.isfinite(scores[0]).all():
-                raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
-                                + ", ".join(pair.where for pair in rows[i][:8]))
-            for pair in rows[i]:
-                start, end = end, end + len(pair.chosen) + len(pair.rejected)
-                if first[pair.digest()] == i and pair.digest() in missing:
-                    fresh.setdefault(pair.digest(), Scores(*scores[:, start:end]))
-            if time.perf_counter() - saved > SCORES_SECONDS:
-                write_reference(path, key, fresh)
-                fresh, saved = {}, time.perf_counter()
-    finally:
-        write_reference(path, key, fresh)
+    fresh = {}                                                     # scores that are not in the file yet
+    for turn in progress(world, "reference", turns, len(turns)):
+        i = turn * world.size + world.rank
+        for pair, scores in zip(rows[i], score_row(model, rows[i], world)):
+            if first[pair.digest()] == i and pair.digest() in missing:
+                fresh.setdefault(pair.digest(), scores)
+        if time.perf_counter() - saved > SCORES_SECONDS:
+            write_reference(path, key, fresh)
+            fresh, saved = {}, time.perf_counter()
+    write_reference(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
         world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
-        known = read_reference(path, key)
+    known = write_reference(path, key, {})
     if not first.keys() <= known.keys():
         raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
     return known
+
+
+@torch.no_grad()
+def score_row(model: Transformer, row: list[Pair], world: World) -> list[Scores]:
+    """What the model, as the reference, says of the pairs of one row."""
+    packed = collate([pair[:3] for pair in row], BRANCHES, world.device)
+    with world.autocast():
+        scores = torch.stack(model(*packed.inputs(), entropy=True)).cpu().numpy()         # (2, N): waits for a GPU
+    if not np.isfinite(scores[0]).all():
+        raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
+                        + ", ".join(pair.where for pair in row[:8]))
+    ends = np.cumsum([len(pair.chosen) + len(pair.rejected) for pair in row])
+    return [Scores(*part) for part in np.split(scores, ends[:-1], axis=1)]
 
 
 def fingerprint(model: Transformer, world: World) -> str:
@@ -228,52 +218,42 @@ RECORD_PHI = {"field": ("dispersion", lambda phi, training: phi),
               "scores": ("scores", mallowspo.phi_of_scores)}
 
 
-def scores_file(cfg: Config) -> Path:
-    return Path(cfg.reference or Path(cfg.out) / "cache/reference.safetensors")
-
-
-def score_others(cfg: Config, splits: list[Split], world: World) -> list[list[Tensor]]:
-    """What each of --references says of each split (P, 2), kept in a file of its own; one model at a time."""
-    found, path = [], scores_file(cfg)
+def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -> None:
+    """Put the mean over all references in the place of the first, whose scores are in `path`; those of each other one
+    are kept in a file beside it, and one model at a time is in memory."""
+    logps = [[each.ref_logp] for each in splits]
     for number, name in enumerate(cfg.references, 2):
         model = open_model(cfg, world.on_rank0(find_model, name), world)
         file = path.with_name(f"{path.stem}-{number}{path.suffix}")
         scores = score_reference(model, file, fingerprint(model, world), splits, world)
-        found.append([each.sum_scores(scores)[0].to(each.ref_logp) for each in splits])
         del model                                                  # before the next one is opened
-    return found
+        for each, found in zip(splits, logps):
+            found.append(each.sum_scores(scores)[0].to(each.ref_logp))
+    for each, found in zip(splits, logps):                         # found: (P, 2) of each reference
+        each.ref_logp = mallowspo.mixed_reference(cfg.method, torch.stack(found)).to(each.ref_logp)
 
 
-def prompt_weights(cfg: Config, model: Transformer, splits: list[Split], others: list[list[Tensor]], state: dict,
-                   world: World) -> None:
-    """The reference pass, and from it the index and the weight of every prompt; splits[0] is trained on.  others: as
-    score_others has them."""
+def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) -> None:
+    """The index and the weight of every prompt, and what the records say beside; splits[0] is trained on."""
     method = cfg.method
-    if method.link and (method.alpha or method.dispersion == "entropy"):
-        scores = score_reference(model, scores_file(cfg), state["run"]["model_sha256"], splits, world)
-        for each in splits:
-            each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
-    for number, each in enumerate(splits if others else ()):
-        logps = torch.stack([each.ref_logp, *(found[number] for found in others)])                # (K, P, 2)
-        each.ref_logp = mallowspo.mixed_reference(method, logps).to(each.ref_logp)
     if method.advantage:
         for each in splits:
             rewards = torch.tensor([pair.rewards for pair in each.pairs])
-            each.advantage = mallowspo.advantages(rewards).to(each.advantage)
+            each.advantage = mallowspo.advantages(rewards).to(each.advantage)                         # (P, 2)
     if method.dispersion == "constant":
         return
     if method.dispersion in RECORD_PHI:
         name, to_phi = RECORD_PHI[method.dispersion]
         values = [torch.tensor([getattr(pair, name) for pair in each.pairs]) for each in splits]
         for each, value in zip(splits, values):
-            each.index = to_phi(value, values[0]).float()
+            each.index = to_phi(value, values[0]).float()                                             # (P,)
     weigh_prompts(cfg, splits, state)
-    visited, how = splits[0].visited(), "given" if cfg.phi_star else "calibrated"
+    run, visited, how = state["run"], splits[0].visited(), "given" if cfg.phi_star else "calibrated"
     weight, clamped = splits[0].weight[visited], mallowspo.count_clamped(splits[0].index[visited])
     learned = " so far, learned from the pairs" if cfg.power == "learn" else ""
-    world.say(f"dispersion  power {state['run']['dispersion_power']:.2f}{learned}; phi_star "
-              f"{state['run']['phi_star']:.4f} ({how}), weights {weight.min():.2f} to {weight.max():.2f}, mean "
-              f"{weight.mean():.3f}, sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
+    world.say(f"dispersion  power {run['dispersion_power']:.2f}{learned}; phi_star {run['phi_star']:.4f} ({how}), "
+              f"weights {weight.min():.2f} to {weight.max():.2f}, mean {weight.mean():.3f}, "
+              f"sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
 
 
 def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
@@ -301,34 +281,30 @@ def first_visits(split: Split, state: dict) -> tuple[Tensor, list[int]]:
 def verdict(split: Split, state: dict) -> dict | None:
     """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
     agrees, met = first_visits(split, state)
-    index = split.index[met]
+    index, power = split.index[met], state["run"]["dispersion_power"]
     if not len(agrees) or index.isnan().all():
         return None
     found, quarters = mallowspo.fit_trust(agrees, index), mallowspo.accuracy_by_quartile(agrees, index)
     meaning = "nothing shows that the index tells where people agree here"
-    if abs(found.kappa) > 2 * found.se:
+    if found.kappa > 2 * found.se:
         meaning = "the index orders these pairs by agreement"
-        if found.kappa < 0:
-            meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
-    right, power = " ".join(f"{x:.3f}" for x in quarters if x is not None), state["run"]["dispersion_power"]
-    used = f"at the end its power was {power:.2f}"
-    if power == 0:
-        used = "it was not in use at the end: all weights were 1"
+    if found.kappa < -2 * found.se:
+        meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
+    used = f"at the end its power was {power:.2f}" if power else "it was not in use at the end: all weights were 1"
+    right = " ".join(f"{x:.3f}" for x in quarters if x is not None)
     meaning += (f": trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by quartile of the "
                 f"index, least agreement first, {right}; {used}")
     return {**found._asdict(), "pairs": len(agrees), "accuracy_by_quartile": quarters, "meaning": meaning}
 
 
-def dispersion_entries(method: Method, split: Split, state: dict):
-    """What became of the dispersion of every pair that is visited, for dispersion.jsonl."""
+def dispersion_entries(method: Method, split: Split, state: dict) -> list[dict]:
+    """What became of the dispersion of every pair that is visited and has an index, for dispersion.jsonl."""
     agrees, met = first_visits(split, state)
     right = dict(zip(met, agrees.tolist()))
     phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight))
     index, weight, phi = split.index.tolist(), split.weight.tolist(), phi.tolist()
-    for i in split.visited():
-        if not math.isnan(index[i]):
-            yield {"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "agrees": right.get(i),
-                   "where": split.pairs[i].where}
+    return [{"index": i, "entropy": index[i], "weight": weight[i], "phi": phi[i], "agrees": right.get(i),
+             "where": split.pairs[i].where} for i in split.visited() if not math.isnan(index[i])]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -344,107 +320,98 @@ def refuse(wrong, why: str) -> None:
         raise BadConfig(why)
 
 
-def flag(default, text, **kind):
-    return field(default=default, metadata={"help": text, **kind})
+def flag(default, text: str, rule: tuple[str, Callable] | None = None, **kind):
+    return field(default=default, metadata={"help": text, "rule": rule, "kind": kind})
 
 
 def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def number_or_word(text: str) -> float | str:
-    """A type of flags; whether the word is a known one, Config says."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def learn_or_number(text: str) -> str | float:
+    return text if text == "learn" else float(text)
 
+
+# What a value must be or do, in words, and the test of it.
+ABOVE_0 = "be a number above 0", lambda v: 0 < v < math.inf
+FROM_0 = "be a number, 0 or above", lambda v: 0 <= v < math.inf
+SHARE = "be from 0 to 1", lambda v: 0 <= v <= 1
+BELOW_HALF = "be from 0 to below 0.5", lambda v: 0 <= v < 0.5
+POWER = f"be learn, or from 0 to {mallowspo.POWERS[1]:.0f}", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1]
+FINITE = "be a number", math.isfinite
+PAIRS = "be a share below 1 or a whole number, not below 0", lambda v: 0 <= v < 1 or (v > 0 and v % 1 == 0)
+SEED = "be 0 to below 2^32", lambda v: 0 <= v < 2 ** 32
+NAME = "not be empty, nor hold control characters", lambda v: v and v.isprintable()
+NAMES = "name files or folders", lambda v: all(name and name.isprintable() for name in v)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-VALUES = [          # flags, what their values must fulfil, and in words
-    ("model out reference", lambda v: v and v.isprintable(), "not be empty, nor hold control characters"),
-    ("data eval_data references", lambda v: all(name and name.isprintable() for name in v), "name files"),
-    ("lr clip batch_size epochs steps max_tokens tokens_per_row eval_every log_every beta phi_star lora_alpha "
-     "advantage_beta",
-     lambda v: 0 < v < math.inf, "be a number above 0"),
-    ("eval_pairs save_every samples sample_tokens sft lora_rank token_cap focal advantage",
-     lambda v: 0 <= v < math.inf, "be a number, 0 or above"),
-    ("warmup alpha eta max_dropped token_decay reference_clip", lambda v: 0 <= v <= 1, "be from 0 to 1"),
-    ("smoothing", lambda v: 0 <= v < 0.5, "be from 0 to below 0.5"),
-    ("dispersion_power", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1]),
-     "be learn, or from 0 to 8"),
-    ("margin length_term", math.isfinite, "be a number"),
-    ("seed", lambda v: 0 <= v < 2 ** 32, "be 0 to below 2^32"),
-]
-TERMS = {           # of the loss, by the flag that puts it to use: the flags that are parts of it
-    "dispersion": (), "token_weights": ("token_decay", "token_cap"), "clip_rejected": (), "length_term": (),
-    "smoothing": ("unbiased",), "focal": ("focal_gradient",), "advantage": ("advantage_beta",),
-    "references": ("reference_mix", "reference_clip"),
+TERMS = ("dispersion", "token_weights", "clip_rejected", "length_term", "smoothing", "focal", "advantage", "references")
+PARTS = {           # flags that are a part of what another flag puts to use
+    "token_decay": "token_weights", "token_cap": "token_weights", "unbiased": "smoothing", "focal_gradient": "focal",
+    "advantage_beta": "advantage", "reference_mix": "references", "reference_clip": "references",
+    "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank",
 }
 
 
 @dataclass(frozen=True)
 class Config:
     """Preference-train a language model (without --model: the demo)."""
-    model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json")
-    data: tuple[str, ...] | None = flag(None, "preference pairs: files (.jsonl, .json, .csv, also .gz; .parquet), "
-                                               "hf://datasets/...")
-    eval_data: tuple[str, ...] | None = flag(None, "held-out pairs")
+    model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json", NAME)
+    data: tuple[str, ...] | None = flag(None, "files of pairs: .jsonl, .json, .csv (.gz), .parquet; or hf://...", NAMES)
+    eval_data: tuple[str, ...] | None = flag(None, "held-out pairs", NAMES)
     columns: tuple[str, ...] | None = flag(None, "names of columns in --data: prompt=question chosen=good ...")
-    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share")
-    out: str = flag("out", "folder for the model and all records")
-    reference: str | None = flag(None, "file for the reference's scores (default: OUT/cache/reference.safetensors)")
-    references: tuple[str, ...] | None = flag(None, "further references, folders, for their mean with --model (MRPO)")
+    eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share", PAIRS)
+    out: str = flag("out", "folder for the model and all records", NAME)
+    reference: str | None = flag(None, "file for the reference's scores (default: in OUT/cache)", NAME)
+    references: tuple[str, ...] | None = flag(None, "folders of further references, for a mean with --model", NAMES)
     loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags to --reference-clip change it")
     dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
-    beta: float | None = flag(None, "pull to the reference")
-    alpha: float | None = flag(None, "share of the reference in the reward")
-    eta: float | None = flag(None, "1: log-ratios per token")
-    margin: float | None = flag(None, "lead that the chosen response must have")
-    sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood")
+    beta: float | None = flag(None, "pull to the reference", ABOVE_0)
+    alpha: float | None = flag(None, "share of the reference in the reward", SHARE)
+    eta: float | None = flag(None, "1: log-ratios per token", SHARE)
+    margin: float | None = flag(None, "lead that the chosen response must have", FINITE)
+    sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood", FROM_0)
     token_weights: Literal[("equal", *TOKEN_WEIGHTS)] | None = flag(None, "which tokens count more than others")
-    token_decay: float | None = flag(None, "of decay: a token's weight, as a share of that of the token before")
-    token_cap: float | None = flag(None, "of difference: the most that is added to a token's weight of 1")
+    token_decay: float | None = flag(None, "of decay: a token's weight, as a share of that of the one before", SHARE)
+    token_cap: float | None = flag(None, "of difference: the most that is added to a token's weight of 1", FROM_0)
     clip_rejected: bool | None = flag(None, "no more push on a rejected response that is below the reference")
-    length_term: float | None = flag(None, "what a longer chosen response is ahead by, per token")
-    smoothing: float | None = flag(None, "share of the labels held to be wrong")
+    length_term: float | None = flag(None, "what a longer chosen response is ahead by, per token", FINITE)
+    smoothing: float | None = flag(None, "share of the labels held to be wrong", BELOW_HALF)
     unbiased: bool | None = flag(None, "subtract what wrong labels do on average, instead of imitating them")
-    focal: float | None = flag(None, "less weight to pairs that the policy gets wrong: g to this power")
+    focal: float | None = flag(None, "less weight to pairs that the policy gets wrong: g to this power", FROM_0)
     focal_gradient: bool | None = flag(None, "let the gradient pass through that weight")
-    advantage: float | None = flag(None, 'weight of a likelihood of both responses, by the "rewards" of the records')
-    advantage_beta: float | None = flag(None, "rewards by which the weight in that likelihood grows e-fold")
+    advantage: float | None = flag(None, 'weight of a likelihood of both responses, by the records\' "rewards"', FROM_0)
+    advantage_beta: float | None = flag(None, "rewards by which the weight in that likelihood grows e-fold", ABOVE_0)
     reference_mix: Literal["adaptive", "equal"] | None = flag(None, "weights of several references")
-    reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it")
-    phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)")
-    dispersion_power: float | str | None = flag(
-        None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out (default: 1, of scores learn)",
-        type=number_or_word)
-    lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights")
-    lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)")
+    reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it", SHARE)
+    phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)", ABOVE_0)
+    dispersion_power: float | str | None = flag(None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out "
+                                                "(default: 1, of scores learn)", POWER, type=learn_or_number)
+    lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights", FROM_0)
+    lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)", ABOVE_0)
     lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
     merge: bool = flag(False, "with --lora-rank: save the whole model too, the updates added to its weights")
-    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more")
-    warmup: float = flag(0.1, "share of the steps in which the rate rises")
+    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more", ABOVE_0)
+    warmup: float = flag(0.1, "share of the steps in which the rate rises", SHARE)
     decay: Literal[tuple(DECAYS)] = flag("cosine", "how the rate falls afterwards")
-    clip: float = flag(1.0, "largest gradient norm")
-    batch_size: int = flag(64, "pairs per step, over all GPUs")
-    epochs: int | None = flag(None, "passes over the data (default: 1)")
-    steps: int | None = flag(None, "stop after this many steps instead")
-    max_tokens: int | None = flag(None, "longest prompt + response, longer prompts are cut from the left (default: "
-                                  "1024, or what the model was made for)")
-    tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, with --compile 16384)")
+    clip: float = flag(1.0, "largest gradient norm", ABOVE_0)
+    batch_size: int = flag(64, "pairs per step, over all GPUs", ABOVE_0)
+    epochs: int | None = flag(None, "passes over the data (default: 1)", ABOVE_0)
+    steps: int | None = flag(None, "stop after this many steps instead", ABOVE_0)
+    max_tokens: int | None = flag(None, "longest prompt + response; prompts lose their start (default: 1024)", ABOVE_0)
+    tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, compiled 16384)", ABOVE_0)
     checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory per token")
     compile: bool = flag(False, "compile the model's blocks (needs a compiler), and use flex_attention on a GPU")
-    max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error")
+    max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error", SHARE)
     skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
-    eval_every: int = flag(100, "steps between evaluations of the held-out pairs")
-    log_every: int = flag(1, "steps between progress lines (metrics.jsonl has every step)")
-    save_every: int | None = flag(None, "steps between checkpoints, 0: none at all (default: every half an hour)")
+    eval_every: int = flag(100, "steps between evaluations of the held-out pairs", ABOVE_0)
+    log_every: int = flag(1, "steps between progress lines (metrics.jsonl has every step)", ABOVE_0)
+    save_every: int | None = flag(None, "steps between checkpoints, 0: none at all (default: half an hour)", FROM_0)
     resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
     on_nonfinite: Literal["stop", "skip"] = flag("stop", "what becomes of a step whose loss or gradient is not finite")
-    samples: int = flag(2, "prompts to answer before and after")
-    sample_tokens: int = flag(64, "longest sample")
-    seed: int = flag(0, "order of the data, and sampling")
+    samples: int = flag(2, "prompts to answer before and after", FROM_0)
+    sample_tokens: int = flag(64, "longest sample", FROM_0)
+    seed: int = flag(0, "order of the data, and sampling", SEED)
     shard: bool = flag(False, "share the model out over the processes of torchrun (FSDP2), instead of a copy each")
     param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16: updates rounded at random")
     dry_run: bool = flag(False, "measure the memory that a step takes, and stop")
@@ -455,48 +422,40 @@ class Config:
         for name in ("data", "eval_data", "references", "columns"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        for names, fits, what in VALUES:
-            for name in names.split():
-                value = getattr(self, name)
-                refuse(value is not None and not fits(value), f"{dashed(name)} is {value!r}, it must {what}")
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata["rule"]
+            if rule and value is not None:
+                what, fits = rule
+                refuse(not fits(value), f"{dashed(f.name)} is {value!r}, it must {what}")
         alone = self.model is None
-        savers = {"--shard": self.shard, "--lora-rank": self.lora_rank, "--param-dtype": self.param_dtype != "float32"}
-        used = [name for name, given in savers.items() if given]
-        refuse(len(used) > 1, f"{' and '.join(used)} do not go together; give one of them")
-        refuse(not self.lora_rank and (self.merge or self.lora_alpha or self.lora_targets),
-               "--lora-alpha, --lora-targets and --merge are for --lora-rank, which is 0")
-        refuse(self.eval_pairs > 1 and self.eval_pairs % 1,
-               f"--eval-pairs is {self.eval_pairs}, it must be a share below 1 or a whole number")
-        refuse(self.eval_data and self.eval_pairs, "--eval-pairs is for runs without --eval-data; give one of them")
-        refuse(self.epochs and self.steps,
-               "--epochs and --steps both say when to stop; give one of them (the demo takes --steps)")
-        refuse(self.resume and alone, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
-        refuse(self.method.dispersion == "constant" and self.power == "learn",
-               f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
-        refuse(self.power == "learn" and self.phi_star,
-               "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
-        self.refuse_terms()
+        refuse(alone and self.resume, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
+        refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
+        refuse(not alone and not self.data, "--data is missing: a file of preference pairs")
         refuse(not alone and Path(self.model).resolve() == Path(self.out).resolve(),
                f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
         refuse(self.reference and Path(self.reference).is_dir(),
                f"--reference {self.reference}: a folder, it should be a file for the reference's scores")
-        refuse(not alone and self.data is None, "--data is missing: a file of preference pairs")
-        refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
-
-    def refuse_terms(self) -> None:
-        """Raise BadConfig if terms of the loss do not go together, or a flag is for a term that is not in use."""
+        refuse([self.shard, self.lora_rank > 0, self.param_dtype == "bfloat16"].count(True) > 1,
+               "--shard, --lora-rank and --param-dtype do not go together; give one of them")
+        refuse(self.eval_data and self.eval_pairs, "--eval-pairs is for runs without --eval-data; give one of them")
+        refuse(self.epochs and self.steps, "--epochs and --steps both say when to stop (the demo has --steps)")
         method = self.method
-        for term, parts in TERMS.items():
-            used = getattr(method, term, self.references) not in (None, "constant", "equal", 0)     # (or no column)
-            refuse(used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
-            refuse(used and term in ("references", "clip_rejected") and not method.alpha,
-                   f"{dashed(term)} is about the reference, and with --alpha 0 none is used")
-            for part in parts:
-                refuse(not used and getattr(self, part) is not None,
-                       f"{dashed(part)} is a part of {dashed(term)}, which is not in use")
+        used = {name for name, neutral in Method._field_defaults.items() if getattr(method, name) != neutral}
+        used |= {name for name in ("references", "lora_rank") if getattr(self, name)}
+        for term in TERMS:
+            refuse(term in used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
+        for term in ("references", "clip_rejected"):
+            refuse(term in used and not method.alpha, f"{dashed(term)} is about the reference, unused with --alpha 0")
+        for part, whole in PARTS.items():
+            refuse(getattr(self, part) not in (None, False) and whole not in used,
+                   f"{dashed(part)} is a part of {dashed(whole)}, which is not in use")
         refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
         refuse(self.references and method.token_weights != "equal",
                "--references are mixed response by response: not together with --token-weights")
+        refuse(self.power == "learn" and method.dispersion == "constant",
+               f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
+        refuse(self.power == "learn" and self.phi_star,
+               "--phi-star is for a power that is given; with --dispersion-power learn it follows from the pairs")
 
     @property
     def method(self) -> Method:
@@ -518,12 +477,12 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
                                      usage="train.py [--model DIR --data FILE] [flags]    (--help lists them)",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="settings from a JSON file, such as OUT/run.json; other flags win")
-    kinds = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
+    kinds = get_type_hints(Config)
+    for f in fields(Config):
         text = f.metadata["help"]
         if f.default is not None and f.default is not False:
             text += f" (default: {f.default})"
-        parser.add_argument(dashed(f.name), **{**flag_kind(kinds[f.name]), **f.metadata, "help": text})
+        parser.add_argument(dashed(f.name), help=text, **{**flag_kind(kinds[f.name]), **f.metadata["kind"]})
     first, _ = parser.parse_known_args(argv)
     try:
         before = config_flags(first.config) if "config" in first else []
@@ -536,7 +495,7 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
 
 def flag_kind(hint) -> dict:
     """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    kind, inner = get_origin(hint), get_args(hint)
     if type(None) in inner:
         return flag_kind(inner[0])
     if kind is tuple:
@@ -548,13 +507,13 @@ def flag_kind(hint) -> dict:
 
 def config_flags(path: str) -> list[str]:
     """A JSON file of settings as flags, so that both meet the same checks.  Raises BadConfig or BadModel."""
-    flags = []
     try:
         settings = read_json(Path(path))
     except OSError as error:
         raise BadConfig(f"--config {path}: {error.strerror}") from None
     settings = settings.get("config", settings)
     refuse(not isinstance(settings, dict), f"--config {path}: its 'config' is not a JSON object")
+    flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(dashed(name if value else f"no_{name}"))
@@ -579,49 +538,54 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
     model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
     check_model(cfg, model, tokenizer, world)
-    splits = load_splits(cfg, model, tokenizer, world)
-    measure_memory(cfg, model, splits[0], world)
-    if cfg.dry_run:
-        return
-    if cfg.reference:                                              # can it be written?
-        world.on_rank0(lambda: lock_folder(Path(cfg.reference + ".lock")).close())
-    with contextlib.ExitStack() as mine:
-        world.on_rank0(lambda: mine.enter_context(lock_folder(out / "lock", wait=False)).name)
-        world.on_rank0(refuse_small_disk, cfg, model)
-        state = world.on_rank0(start_or_resume, cfg, new_record(cfg, model, splits, world))
+    with contextlib.ExitStack() as inside:
+        if not cfg.dry_run:
+            world.on_rank0(inside.enter_context, lock_folder(out / "lock", wait=False))
+        splits = load_splits(cfg, model, tokenizer, world)
+        measure_memory(cfg, model, splits[0], world)
+        if cfg.dry_run:
+            return
+        record = new_record(cfg, splits, fingerprint(model, world))
+        state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        others = []
+        path, method = Path(cfg.reference or out / "cache/reference.safetensors"), cfg.method
+        if method.link and (method.alpha or method.dispersion == "entropy"):
+            scores = score_reference(model, path, record["model_sha256"], splits, world)
+            for each in splits:
+                each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
+            del scores                                             # of all tokens: large
         if cfg.references:
-            model = None                                           # one model at a time is in memory
-            others = score_others(cfg, splits, world)
+            model = None                                           # makes room
+            mix_references(cfg, splits, path, world)
             model = open_model(cfg, folder, world)
-        prompt_weights(cfg, model, splits, others, state, world)
+        prompt_weights(cfg, splits, state, world)
         if world.rank == 0:
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, splits[0], state))
             write_json(out / "run.json", state["run"])
         asked = splits[-1].pairs[:cfg.samples]
         before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
-        with deferred_signals() as signals:
+        with deferred_signals(world) as signals:
             train(Run(cfg, model, world, state, signals, on_step), splits)
         after = answer(cfg, model, tokenizer, asked, world)
         save_weights(cfg, model, out, world)
         if world.rank == 0:
-            texts = [dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.text, pair[:3]))) for pair in asked]
+            texts = [[tokenizer.text(part) for part in pair[:3]] for pair in asked]
             write_jsonl(out / "samples.jsonl",
-                        ({**text, "before": b, "after": a} for text, b, a in zip(texts, before, after)))
+                        [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": one, "after": two}
+                         for (prompt, chosen, rejected), one, two in zip(texts, before, after)])
             finish(cfg, splits[0], state)
         world.barrier()                                            # nobody reads the folder before it is whole
 
 
-def new_record(cfg: Config, model: Transformer, splits: list[Split], world: World) -> dict:
+def new_record(cfg: Config, splits: list[Split], model_hash: str) -> dict:
     """run.json of a run that begins."""
-    sizes, digests = [len(each.pairs) for each in splits], [each.digest() for each in splits]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"schema": 1, "config": {**dataclasses.asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
-            "dispersion_power": 0.0, "trust": None, "steps": splits[0].steps, "pairs": sizes[0],
-            "held_out": sum(sizes[1:]), "model_sha256": fingerprint(model, world), "data_sha256": digests[0],
-            "eval_data_sha256": next(iter(digests[1:]), None), "versions": versions}
+    split, held_out = splits[0], splits[1:]
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    return {"schema": 1, "config": {**asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
+            "dispersion_power": 0.0, "trust": None, "steps": split.steps, "pairs": len(split.pairs),
+            "held_out": sum(len(each.pairs) for each in held_out), "model_sha256": model_hash, "versions": versions,
+            "data_sha256": split.digest(), "eval_data_sha256": held_out[0].digest() if held_out else None}
 
 
 def finish(cfg: Config, split: Split, state: dict) -> None:
@@ -631,16 +595,16 @@ def finish(cfg: Config, split: Split, state: dict) -> None:
     if record["trust"]:
         print(f"verdict     {record['trust']['meaning']}")
     write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
-    write_json(out / "run.json", record)
     draw_curves(out)
     write_file(out / "README.md", model_card(cfg, record).encode())
-    remove(checkpoints(out))
+    write_json(out / "run.json", record)                           # "finished": only now that all else is there
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     if record["skipped"]:
         print(f"skipped     {len(record['skipped'])} steps were skipped")
-    saved = {(False, False): "the model", (True, False): "adapter/", (True, True): "adapter/ and the model it makes"}
-    print(f"saved       {out}: {saved[cfg.lora_rank > 0, cfg.merge]}, and run.json, metrics.jsonl, dispersion.jsonl, "
-          "samples.jsonl", flush=True)
+    saved = "adapter/" if cfg.lora_rank else "the model"
+    if cfg.merge:
+        saved = "adapter/ and the model it makes"
+    print(f"saved       {out}: {saved}, and run.json, metrics.jsonl, dispersion.jsonl, samples.jsonl", flush=True)
 
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
@@ -688,30 +652,11 @@ ROW_TOKENS = {("cpu", False): 2048, ("cpu", True): 2048, ("cuda", False): 4096, 
 
 def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> list[Split]:
     """The training pairs and, if there are any, the held-out ones, planned; and a word on what is to come."""
-    limit, needed = model.config.positions, ()
-    if cfg.method.dispersion in RECORD_PHI:
-        needed += RECORD_PHI[cfg.method.dispersion][:1]
-    if cfg.method.advantage:
-        needed += ("rewards",)
+    limit = model.config.positions
     longest = cfg.max_tokens or min(1024, limit)
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
-
-    def keep(path, content):
-        with lock_folder(path.with_name(path.name + ".lock")):         # makes the folder, or says why it cannot
-            write_file(path, content)
-
-    def load(name):
-        paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
-        read = functools.partial(cached_pairs, cache, None if cfg.dry_run else keep, paths, tokenizer, longest,
-                                 cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
-                                 functools.partial(progress, world, "reading", unit="records"))
-        if world.size > 1:
-            world.on_rank0(lambda: len(read().pairs))              # the others take what it has written
-        dataset = read()
-        world.say(f"data        {' '.join(paths)}: {dataset}")
-        return dataset.pairs
-
-    pairs, held_out = load("data"), load("eval_data") if cfg.eval_data else []
+    pairs = tokenised_pairs(cfg, "data", tokenizer, longest, world)
+    held_out = tokenised_pairs(cfg, "eval_data", tokenizer, longest, world) if cfg.eval_data else []
     both = {pair.digest() for pair in pairs} & {pair.digest() for pair in held_out}
     if both:
         world.say(f"            {len(both):,} of the held-out pairs are trained on too")
@@ -729,6 +674,22 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     return [split, Split.plan(held_out, *plan)] if held_out else [split]
 
 
+def tokenised_pairs(cfg: Config, name: str, tokenizer: Tokenizer, longest: int, world: World) -> list[Pair]:
+    """The pairs of --data or of --eval-data, tokenised; OUT/cache has them from then on."""
+    paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
+    needed = RECORD_PHI.get(cfg.method.dispersion, ())[:1]             # fields that the records must have
+    if cfg.method.advantage:
+        needed += ("rewards",)
+    read = functools.partial(cached_pairs, cache, None if cfg.dry_run else write_file, paths, tokenizer, longest,
+                             cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
+                             functools.partial(progress, world, "reading", unit="records"))
+    if world.size > 1:
+        world.on_rank0(lambda: len(read().pairs))                  # the others take what it has written
+    dataset = read()
+    world.say(f"data        {' '.join(paths)}: {dataset}")
+    return dataset.pairs
+
+
 def shown_settings(method: Method) -> dict:
     """The columns of a method that are not neutral, and those that are always asked for."""
     neutral = Method._field_defaults
@@ -744,13 +705,12 @@ def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) 
     method = cfg.method._replace(token_weights="equal")            # the reference has not scored the tokens yet
     score_pairs(model, method, split, row, 0, world).loss.sum().backward()
     model.zero_grad()
-    share = 2 ** 30 * (world.size if world.shard else 1)
+    gib = 2 ** 30 * (world.size if world.shard else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
-    parameters, gradients = (sum(p.nbytes for p in some) / share for some in (model.parameters(), trained))
-    moments = 8 * sum(p.numel() for p in trained) / share
-    world.say(f"memory      parameters {parameters:.2f}, gradients {gradients:.2f}, optimiser {moments:.2f} GiB per "
-              f"process; forward and backward of the largest row, {tokens:,} tokens, reached {peak_memory(world):.2f} "
-              "GiB before there is an optimiser")
+    world.say(f"memory      parameters {sum(p.nbytes for p in model.parameters()) / gib:.2f}, "
+              f"gradients {sum(p.nbytes for p in trained) / gib:.2f}, "
+              f"optimiser {sum(8 * p.numel() for p in trained) / gib:.2f} GiB per process; forward and backward of "
+              f"the largest row, {tokens:,} tokens, reached {peak_memory(world):.2f} GiB before there is an optimiser")
 
 
 def peak_memory(world: World) -> float:
@@ -833,14 +793,14 @@ class Run:
 
     def check_first_loss(self, split: Split, loss: float) -> None:
         """Compare the first loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
-        batch, near = split.schedule.batch(0), 1e-4 if self.world.dtype == torch.float32 else 1e-2
-        if self.cfg.method.token_weights != "equal" and self.cfg.method.alpha != 1:
+        method, batch = self.cfg.method, split.schedule.batch(0)
+        if method.token_weights != "equal" and method.alpha != 1:
             return                                                 # (with alpha 1 all r(y) are 0, whatever the weights)
-        length = torch.tensor([[len(split.pairs[i].chosen), len(split.pairs[i].rejected)] for i in batch])
-        start, ref, weight, advantage = (values[batch].cpu() for values in (split.start_logp, split.ref_logp,
-                                                                            split.weight, split.advantage))
-        outcome = mallowspo.objective(self.cfg.method, start, ref, length, weight, advantage=advantage)
-        expected = outcome.loss.mean().item()
+        length = [[len(side) for side in split.pairs[i][1:3]] for i in batch]                        # (B, 2)
+        outcome = mallowspo.objective(method, split.start_logp[batch], split.ref_logp[batch],
+                                      to_device(length, self.world.device), split.weight[batch],
+                                      advantage=split.advantage[batch])
+        expected, near = outcome.loss.mean().item(), 1e-4 if self.world.dtype == torch.float32 else 1e-2
         found = f"the first loss is {loss:.6f}; of a policy that equals its reference it is {expected:.6f}"
         if math.isclose(loss, expected, rel_tol=near):
             self.world.say(f"check       {found}")
@@ -1013,31 +973,30 @@ class AdamW:
 
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
               "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
-STATE = {           # what state.json must hold
-    "step": lambda x: type(x) is int and x >= 0, "seconds": lambda x: type(x) is float,
-    "skipped": lambda x: type(x) is list, "agrees": lambda x: type(x) is list and all(y in (0, 0.5, 1) for y in x),
-    **dict.fromkeys(("scaler", "run", "sha256"), lambda x: type(x) is dict),
-}
+STATE = {"step": int, "seconds": float, "skipped": list, "agrees": list, "scaler": dict, "run": dict, "sha256": dict}
 SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
+@contextlib.contextmanager
 def lock_folder(path: Path, wait: bool = True):
-    """Make the folder of this file, and the file -> the file, open; nobody else gets it from here until it is closed,
-    or its process dies.  Raises BadConfig if it cannot be written, or without `wait` if another process has it."""
+    """Make the folder of this file, and the file, and hold a lock on it meanwhile, which one at a time can have.
+    Raises BadConfig if it cannot be written, or without `wait` if somebody else has the lock."""
     import fcntl  # not on Windows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")                                     # noqa: SIM115 (open is what it shall be)
+        file = open(path, "a")                                     # noqa: SIM115 (it is closed below)
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
     except BlockingIOError:
         raise BadConfig(f"{path.parent}: another run is writing there; choose another --out") from None
     except OSError as error:
         raise BadConfig(f"{path.parent}: cannot be written ({error.strerror})") from None
+    with file:
+        yield
 
 
 def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """The content, or what content(path) writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     if callable(content):
         content(new)
@@ -1105,17 +1064,18 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
     return dict(zip(map(bytes, digests), map(Scores, np.split(logp, ends), np.split(entropy, ends))))
 
 
-def write_reference(path: Path, key: str, scores: dict[bytes, Scores]) -> None:
-    """Add scores to the file, as others may do at the same time; what it has, stays."""
-    if not scores:
-        return
+def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[bytes, Scores]:
+    """Add scores to the file, as others may do at the same time -> all that it has; what was there, stays."""
     with lock_folder(path.with_name(path.name + ".lock")):
-        scores = scores | read_reference(path, key)
+        scores = fresh | read_reference(path, key)
+        if not fresh:
+            return scores
         tensors = {"digest": np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16),
                    "length": np.array([len(score.logp) for score in scores.values()], dtype=np.int32),
                    "logp": np.concatenate([score.logp for score in scores.values()]),
                    "entropy": np.concatenate([score.entropy for score in scores.values()])}
         write_file(path, save(tensors, metadata={"key": key}))
+        return scores
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1123,46 +1083,38 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
 
 
-def checkpoint_size(cfg: Config, model: Transformer) -> int:
-    """Bytes: what was trained and AdamW's two moments of it, in float32, and the model's folder."""
-    folder = max(dtype.itemsize for _, dtype in model.origin.tensors.values()) if cfg.merge or not cfg.lora_rank else 0
-    trained = 16 if cfg.lora_rank else 12                          # the adapter's folder is in float32 too
-    return sum(p.numel() * (folder + trained if p.requires_grad else folder) for p in model.parameters())
-
-
-def refuse_small_disk(cfg: Config, model: Transformer) -> None:
-    """Raise BadConfig if the final model, and two checkpoints for a moment, have no room."""
-    need = checkpoint_size(cfg, model) * (1 if cfg.save_every == 0 else 2)
-    freed = sum(path.stat().st_size for path in Path(cfg.out).glob("checkpoint/**/*.safetensors"))
-    room = shutil.disk_usage(cfg.out).free + freed
-    refuse(room < need, f"{cfg.out}: {need:,} bytes are needed there, {room:,} are free; make room, choose another "
-           "--out, or do without checkpoints (--save-every 0)")
-
-
-def checkpoint_due(run: Run, done: int, steps: int) -> bool:
-    """Whether a checkpoint is due after so many steps; by the clock of the first rank."""
-    every, late = run.cfg.save_every, time.perf_counter() - run.saved > SAVE_SECONDS
-    return run.world.rank == 0 and (done == steps or (done % every == 0 if every else late))
+def save_if_due(run: Run, done: int, steps: int) -> None:
+    """Save a checkpoint if so many steps, or the clock of the first rank, or the last step ask for it.  If a signal to
+    any rank does, the run ends here."""
+    every, world = run.cfg.save_every, run.world
+    late = time.perf_counter() - run.saved > SAVE_SECONDS
+    due = done == steps or (done % every == 0 if every else late)
+    asked = [len(run.signals), due and world.rank == 0]
+    stop, due = world.sum_over_ranks(torch.tensor(asked, device=world.device)).tolist()
+    if (stop or due) and every != 0:                               # 0: never
+        save_checkpoint(run, done)
+    if stop:
+        world.barrier()                                            # torchrun ends all when one ends
+        raise KeyboardInterrupt((run.signals or [signal.SIGTERM])[0])      # (the signal may be another rank's)
 
 
 def save_checkpoint(run: Run, done: int) -> None:
     """The model's folder, in state.safetensors the weights as trained and what AdamW keeps of each, the state as JSON.
     Only when all of it is on the disk, the checkpoint before is removed."""
-    if run.world.rank and not run.world.shard:
+    cfg, model, world, out = run.cfg, run.model, run.world, Path(run.cfg.out)
+    if world.rank and not world.shard:
         return
-    cfg, model = run.cfg, run.model
-    out, tensors = Path(cfg.out), {}
-    new = out / "checkpoint" / "new"
+    new, tensors = out / "checkpoint" / "new", {}
     run.state.update(step=done, seconds=time.perf_counter() - run.started, scaler=run.scaler.state_dict())
     for name, p in model.named_parameters():
         if p in run.optimizer.state:                               # it is trained
-            kept = {"weight": p, **run.optimizer.state[p]}
-            tensors |= {f"{kind}.{name}": to_cpu(value) for kind, value in kept.items()}
-    if run.world.rank:
-        return save_weights(cfg, model, new / "model", run.world)
+            for kind, value in {"weight": p, **run.optimizer.state[p]}.items():
+                tensors[f"{kind}.{name}"] = to_cpu(value)
+    if world.rank:
+        return save_weights(cfg, model, new / "model", world)
     try:
         shutil.rmtree(new, ignore_errors=True)
-        save_weights(cfg, model, new / "model", run.world)
+        save_weights(cfg, model, new / "model", world)
         save_file(tensors, new / "state.safetensors")
         files = {str(path.relative_to(new)): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         write_json(new / "state.json", {**run.state, "sha256": files})
@@ -1170,19 +1122,14 @@ def save_checkpoint(run: Run, done: int) -> None:
             fsync(path)
         os.replace(new, out / "checkpoint" / f"step-{done:08}")
         fsync(out / "checkpoint")
-        remove(checkpoints(out)[1:])
+        for former in checkpoints(out)[1:]:
+            os.replace(former, new)                                # what has the name of a checkpoint is whole
+            shutil.rmtree(new)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise RunFailed(f"the checkpoint of step {done} cannot be written ({error}); it takes "
-                        f"{checkpoint_size(cfg, model):,} bytes, {shutil.disk_usage(out).free:,} are free") from None
+        raise RunFailed(f"the checkpoint of step {done} cannot be written ({error}); "
+                        f"{shutil.disk_usage(out).free:,} bytes are free in {out}") from None
     run.saved = time.perf_counter()
-
-
-def remove(folders: list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder.parent / "new", ignore_errors=True)   # what a run that was killed here left
-        os.replace(folder, folder.parent / "new")                  # what has the name of a checkpoint is whole
-        shutil.rmtree(folder.parent / "new")
 
 
 def load_checkpoint(folder: Path, model: Transformer, optimizer: AdamW) -> None:
@@ -1209,22 +1156,23 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     """The state that the steps start from: a new one, or with --resume the newest checkpoint's; None: all is done.
     Raises BadConfig if there is a checkpoint but no --resume, or if it is of another run, or damaged."""
     out, found = Path(cfg.out), checkpoints(Path(cfg.out))
-    if found:
+    former = read_json(out / "run.json") if (out / "run.json").exists() else {}
+    if former.get("finished") and cfg.resume:
+        refuse_changes(out / "run.json", former, record)
+        print(f"finished    {out}: there is nothing to do")
+        return None
+    if found and not former.get("finished"):
         refuse(not cfg.resume, f"{found[0]}: of a run that was interrupted; --resume continues it; to start afresh "
                f"choose another --out, or remove {out / 'checkpoint'}")
         state = read_checkpoint(found[0])
         refuse_changes(found[0] / "state.json", state["run"], record)
         print(f"start       after step {state['step']}, from {found[0]}")
         return {**state, "run": record}
-    former = read_json(out / "run.json") if (out / "run.json").exists() else {}
-    if cfg.resume and former.get("finished"):
-        refuse_changes(out / "run.json", former, record)
-        print(f"finished    {out}: there is nothing to do")
-        return None
     why = "; there is no checkpoint" if cfg.resume else ""
     if former.get("finished"):
         why = "; in place of the finished run"
     print(f"start       with step 1{why}")
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)          # a finished run's that was killed over this
     write_json(out / "run.json", record)                           # from now on the folder is this run's
     return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
 
@@ -1233,7 +1181,9 @@ def read_checkpoint(folder: Path) -> dict:
     """Its state.  Raises BadConfig if a part of it is missing or not as it was written."""
     where = folder / "state.json"
     state = read_json(where) if where.exists() else {}
-    wrong = [name for name, fits in STATE.items() if not fits(state.get(name))]
+    wrong = [name for name, kind in STATE.items() if type(state.get(name)) is not kind]
+    if not wrong and (state["step"] < 0 or any(x not in (0, 0.5, 1) for x in state["agrees"])):
+        wrong = ["step", "agrees"]
     refuse(wrong, f"--resume: {where} says nothing usable of {', '.join(wrong)}; remove the folder")
     there = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file() and path != where}
     for name in there | state["sha256"]:                           # what is there, and nothing else
@@ -1243,93 +1193,76 @@ def read_checkpoint(folder: Path) -> dict:
 
 
 def refuse_changes(where: Path, former: dict, record: dict) -> None:
-    """Raise BadConfig if a run with this record is not what the former one was, of which `where` tells: its settings,
-    as JSON has them, or the contents behind them, must be alike."""
-    record, changed = nan_to_null(record), []
-    config = former.get("config")
+    """Raise BadConfig unless a run with this record is what the former one was, of which `where` tells: its settings
+    or the contents behind them, where there is a hash of these."""
+    config, changed = former.get("config"), []
     refuse(not isinstance(config, dict) or former.get("schema") != record["schema"],
            f"--resume: {where} has not the settings of a run, as this program writes them; choose another --out")
-    for f in dataclasses.fields(Config):
-        old = former.get(f"{f.name}_sha256", config.get(f.name, f.default))       # older than a flag: had its default
-        new = record.get(f"{f.name}_sha256", record["config"][f.name])
-        if old != new and f.name not in MAY_CHANGE:
-            changed.append(f"{f.name} ({old!s:.12}, now {new!s:.12})")
+    for name, value in nan_to_null(record["config"]).items():
+        old = former.get(f"{name}_sha256", config.get(name, getattr(Config, name)))     # (or the default)
+        new = record.get(f"{name}_sha256", value)
+        if old != new and name not in MAY_CHANGE:
+            changed.append(f"{name} ({old!s:.12}, now {new!s:.12})")
     refuse(changed, f"--resume: {where} is of a run with other settings: {', '.join(changed)}; choose another --out")
-
-
-CURVES = {          # panel of curves.png: its curves, keys of metrics.jsonl or of what held_out_curves makes
-    "loss": ("loss", "loss, held out"), "accuracy": ("accuracy", "accuracy, held out"),
-    "rewards": ("margin", "margin, held out", "chosen_reward", "rejected_reward"),
-    "held out, by quarter": ("least agreement", "second", "third", "most agreement"),
-}
 
 
 def draw_curves(out: Path) -> None:
     """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
-    quarters, rows = CURVES["held out, by quarter"], []
-    entries = read_jsonl(out / "metrics.jsonl")
-    for entry in read_jsonl(out / "evaluations.jsonl"):
-        entries.append({f"{name}, held out": entry[name] for name in ("loss", "accuracy", "margin")}
-                       | dict(zip(quarters, entry["accuracy_by_quartile"])) | {"step": entry["step"]})
-    for name, curves in CURVES.items():
-        rows += [{"measure": name, "curve": curve, "step": entry["step"], "value": entry[curve]}
-                 for curve in curves for entry in entries if entry.get(curve) is not None]
+    rows = []
+    for file, where in (("metrics", "training"), ("evaluations", "held out")):
+        for entry in read_jsonl(out / f"{file}.jsonl"):
+            shown = [(name, where, entry[name]) for name in ("loss", "accuracy", "margin")]
+            shown += [("accuracy, held out", f"quarter {quarter}", value)
+                      for quarter, value in enumerate(entry.get("accuracy_by_quartile", []), 1)]
+            rows += [{"measure": measure, "curve": curve, "step": entry["step"], "value": value}
+                     for measure, curve, value in shown if value is not None]
     draw(rows, Panel("step", "value", "curve", "finished steps", "value", facet="measure"), out / "curves.png")
 
 
 def model_card(cfg: Config, record: dict) -> str:
-    """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how to load it."""
-    held_out = "nothing"
+    """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how it went."""
+    table = {"loss": cfg.loss, **shown_settings(cfg.method), "learning rate": cfg.lr, "pairs per step": cfg.batch_size,
+             **{name: record[name] for name in ("steps", "pairs", "data_sha256", "phi_star", "dispersion_power")}}
     for entry in read_jsonl(Path(cfg.out) / "evaluations.jsonl")[-1:]:
-        figures = (math.nan if entry[name] is None else entry[name] for name in ("loss", "accuracy", "margin"))
-        held_out = "loss {:.4f}, accuracy {:.4f}, margin {:.4f}".format(*figures)
-    folder = "" if cfg.merge or not cfg.lora_rank else "/adapter"
-    library = "peft" if folder else "transformers"
-    settings = "\n".join(f"| {name} | {value} |" for name, value in shown_settings(cfg.method).items())
-    meaning = record["trust"]["meaning"] if record["trust"] else "there was no dispersion index"
+        table |= {f"held-out {name}": entry[name] for name in ("loss", "accuracy", "margin")}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
+    meaning = record["trust"]["meaning"] if record["trust"] else "there was none"
     return f"""---
 base_model: {json.dumps(cfg.model)}
-library_name: {library}
 pipeline_tag: text-generation
 tags: [mallowspo, {cfg.loss}, preference-optimisation]
 ---
 # {Path(cfg.model).name}, preference-trained by {cfg.loss}
 
-Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}`, for {record["steps"]} steps of
-{min(cfg.batch_size, record["pairs"])} pairs at a learning rate of {cfg.lr}.
+Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}` on {", ".join(cfg.data)}.  All settings
+are in `run.json`.  Dispersion index: {meaning}.
 
-Data: {", ".join(f"`{name}`" for name in cfg.data)}, {record["pairs"]:,} pairs (hash {record["data_sha256"][:16]}).
-Held out: {held_out}.
-Dispersion: phi_star {record["phi_star"]}, power {record["dispersion_power"]}. Verdict: {meaning}.
-
-| method | {cfg.loss} |
+| | |
 |---|---|
-{settings}
-
-Load it with `transformers.AutoModelForCausalLM.from_pretrained("{Path(cfg.out).name}{folder}")`. All settings are in
-`run.json`; `cache/` may be deleted.
+{rows}
 """
 
 
 @contextlib.contextmanager
-def deferred_signals():
+def deferred_signals(world: World):
     """A list that takes SIGINT and SIGTERM, which end nothing meanwhile; only a second ctrl-C does."""
-    signals = []
+    signals, former = [], {}
 
     def note(number, frame):
         signals.append(number)
-        if int(os.environ.get("RANK", 0)) == 0:                    # not print: it may have been interrupted itself
+        if world.rank == 0:                                        # not print: it may have been interrupted itself
             said = f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once\n"
             with contextlib.suppress(OSError):
                 os.write(1, said.encode())
-        if signals.count(signal.SIGINT) > 1:
-            raise KeyboardInterrupt(number)
-    former = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
+        if number == signal.SIGINT:
+            signal.signal(number, former[number])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        former[number] = signal.signal(number, note)
     try:
         yield signals
     finally:
-        for each in former:
-            signal.signal(*each)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> None:
@@ -1388,18 +1321,16 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
     torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
-    world.on_rank0(lambda: lock_folder(out / "lock", wait=False).close())
     reference = make_reference(cfg, folder, population, world)
     runs, methods = [], {cfg.loss: {}} if chosen else DEMO_METHODS
     world.say(f"\n--- the policies learn what the members prefer: {', '.join(methods)}")
     for name, settings in methods.items():
         for beta in [cfg.beta] if cfg.beta else DEMO_BETAS:
-            job = dataclasses.replace(cfg, model=reference, data=[str(folder / "pairs.jsonl")], beta=beta,
+            job = replace(cfg, model=reference, data=[str(folder / "pairs.jsonl")], beta=beta,
                                       sft=DEMO_SFT * beta if cfg.sft is None else cfg.sft,
                                       out=str(out / f"{name}-{beta}"), reference=str(folder / "reference.safetensors"),
                                       **settings)
-            # What a run says of itself is shown once.
-            with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():
+            with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():     # only the first one speaks
                 runs += fit_and_measure(name, job, population, world)[-1:]
             world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
     if world.rank == 0:
@@ -1427,10 +1358,8 @@ def fit_and_measure(name: str, job: Config, population: Population, world: World
 
 @torch.no_grad()
 def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer, world: World) -> Tensor:
-    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has.
-
-    An answer is its word: how surely the model stops after it is no opinion of the population.
-    """
+    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has.  An answer
+    is its word: how surely the model stops after it is no opinion of the population."""
     logp = []
     for q, answers in enumerate(population.answers):
         sides = [np.array(tokenizer.response(" " + answer)[:-1]) for answer in answers]
@@ -1451,7 +1380,7 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, interrupt)
     cfg, given = parse_flags(sys.argv[1:] if argv is None else argv, DEMO)
     if cfg.model and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):       # torchrun --max-restarts
-        cfg = dataclasses.replace(cfg, resume=True)
+        cfg = replace(cfg, resume=True)
 
     def saved():
         found = checkpoints(Path(cfg.out))

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +236,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
             try:
                 save(last, 3)                                        # of 3, though the weights are of 2
             except RunFailed as error:
-                assert "cannot be written ([Errno 28]" in str(error) and "bytes, " in str(error)
+                assert "cannot be written ([Errno 28]" in str(error) and "bytes are free in" in str(error)
         found = checkpoints(out)
         assert found and all(map(whole, found)), k
         if k % 25 == 5 and found[0].name == "step-00000002":
@@ -247,7 +246,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
     assert k > 40 and again
 
 
-def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
+def test_a_disk_that_is_full(job, make_model, pairs, tmp_path):
     """Files of at most 300 kB, as much as the weights take."""
     job(stop_at=1)
     out = tmp_path / "out"
@@ -259,9 +258,6 @@ def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
     assert "File too large" in done.stderr and f"--resume continues from {out}/checkpoint/step-00000002" in done.stderr
     assert all(map(whole, checkpoints(out)))
     job(resume=True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(BadConfig, match="bytes are needed there, 1,000 are free"):
-        job(out=str(tmp_path / "other"))
 
 
 # --- bad numbers ----------------------------------------------------------------------------------------------
@@ -335,7 +331,8 @@ def test_the_card_of_a_run_that_ends_without_a_number(tmp_path):
     train.append_json(tmp_path / "evaluations.jsonl", figures, ALONE)
     record = {"steps": 4, "pairs": 8, "data_sha256": "", "phi_star": None, "dispersion_power": 0.0, "trust": None}
     card = train.model_card(Config(model="some/model", data="pairs.jsonl", out=str(tmp_path)), record)
-    assert "Held out: loss nan, accuracy 0.5000, margin 0.0000." in card and "for 4 steps of" in card
+    for row in ("| held-out loss | None |", "| held-out accuracy | 0.5 |", "| steps | 4 |"):
+        assert row in card
 
 
 # --- more than one --------------------------------------------------------------------------------------------
@@ -374,6 +371,7 @@ def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt(signal.SIGINT)
         return collate(groups, branches, device)
     monkeypatch.setattr(train, "collate", interrupted)
+    monkeypatch.setattr(train, "SCORES_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         job(tokens_per_row=100)
     done = len(load_file(tmp_path / "out/cache/reference.safetensors")["digest"])

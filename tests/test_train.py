@@ -109,7 +109,7 @@ def test_the_folder_loads_in_transformers(trained, make_model):
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]      # no loader mistakes another
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "preference-trained by mallows-theta" in card
-    assert "Held out: loss 0." in card and "trust" in card and "| beta | 0.1 |" in card and "smoothing" not in card
+    assert "| held-out loss | 0." in card and "trust" in card and "| beta | 0.1 |" in card and "smoothing" not in card
 
 
 def same_run(trained, other, exactly=False):
@@ -283,7 +283,7 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--model", ""], "--model is '', it must not be empty"), (["--eval-data", "x", "--eval-pairs", 3], "one of them"),
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--dispersion-power", "9"], "--dispersion-power is 9.0"),
-    (["--dispersion-power", "a"], "--dispersion-power is 'a', it must be learn"),
+    (["--dispersion-power", "a"], "invalid learn_or_number value: 'a'"),
     (["--dispersion", "scores"], "no 'scores'"),
     (["--dispersion-power", "learn", "--loss", "dpo"], "--loss dpo has no dispersion"),
     (["--dispersion-power", "learn", "--phi-star", "1"], "--phi-star is for a power that is given"),
@@ -530,7 +530,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pai
 
 @pytest.mark.parametrize("flags, words", [
     (["--shard"], "start them with torchrun"), (["--param-dtype", "bfloat16"], "wants --dtype bfloat16, not float32"),
-    (["--merge"], "for --lora-rank"),
+    (["--merge"], "is a part of --lora-rank"),
     (["--lora-rank", 4, "--param-dtype", "bfloat16"], "--lora-rank and --param-dtype do not go together"),
     (["--eval-pairs", 1.5], "a share below 1 or a whole number"), (["--lora-rank", -1], "--lora-rank is -1"),
     (["--lora-rank", 4, "--lora-targets", "q_proj"], "invalid choice: 'q_proj'")])
