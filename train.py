@@ -329,7 +329,11 @@ def dashed(name: str) -> str:
 
 
 def learn_or_number(text: str) -> str | float:
-    return text if text == "learn" else float(text)
+    """A type of flags."""
+    try:
+        return text if text == "learn" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither learn nor a number") from None
 
 
 # What a value must be or do, in words, and the test of it.
@@ -545,6 +549,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         measure_memory(cfg, model, splits[0], world)
         if cfg.dry_run:
             return
+        world.on_rank0(refuse_small_disk, cfg, model)
         record = new_record(cfg, splits, fingerprint(model, world))
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
@@ -1078,6 +1083,20 @@ def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[by
         return scores
 
 
+def refuse_small_disk(cfg: Config, model: Transformer) -> None:
+    """Raise BadConfig if --out has no room for the final model, and for two checkpoints for a moment."""
+    need = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)          # weights, and AdamW's moments
+    if cfg.merge or not cfg.lora_rank:
+        largest = max(dtype.itemsize for _, dtype in model.origin.tensors.values())
+        need += largest * sum(p.numel() for p in model.parameters())
+    if cfg.save_every != 0:
+        need *= 2
+    there = sum(path.stat().st_size for path in Path(cfg.out).glob("checkpoint/**/*.safetensors"))
+    free = shutil.disk_usage(cfg.out).free + there
+    refuse(free < need, f"{cfg.out}: {need:,} bytes are needed there, {free:,} are free; make room, choose another "
+           "--out, or do without checkpoints (--save-every 0)")
+
+
 def checkpoints(out: Path) -> list[Path]:
     """OUT/checkpoint/step-N, the newest first: each holds all that the steps change."""
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
@@ -1206,14 +1225,20 @@ def refuse_changes(where: Path, former: dict, record: dict) -> None:
     refuse(changed, f"--resume: {where} is of a run with other settings: {', '.join(changed)}; choose another --out")
 
 
+QUARTERS = ("least agreement", "second", "third", "most agreement")
+
+
 def draw_curves(out: Path) -> None:
     """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
     rows = []
     for file, where in (("metrics", "training"), ("evaluations", "held out")):
         for entry in read_jsonl(out / f"{file}.jsonl"):
-            shown = [(name, where, entry[name]) for name in ("loss", "accuracy", "margin")]
-            shown += [("accuracy, held out", f"quarter {quarter}", value)
-                      for quarter, value in enumerate(entry.get("accuracy_by_quartile", []), 1)]
+            shown = [("loss", where, entry["loss"]), ("accuracy", where, entry["accuracy"]),
+                     ("rewards", f"margin, {where}", entry["margin"])]
+            if where == "training":
+                shown += [("rewards", name, entry[name]) for name in ("chosen_reward", "rejected_reward")]
+            shown += [("held out, by quarter", name, value)
+                      for name, value in zip(QUARTERS, entry.get("accuracy_by_quartile", []))]
             rows += [{"measure": measure, "curve": curve, "step": entry["step"], "value": value}
                      for measure, curve, value in shown if value is not None]
     draw(rows, Panel("step", "value", "curve", "finished steps", "value", facet="measure"), out / "curves.png")
@@ -1227,15 +1252,20 @@ def model_card(cfg: Config, record: dict) -> str:
         table |= {f"held-out {name}": entry[name] for name in ("loss", "accuracy", "margin")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     meaning = record["trust"]["meaning"] if record["trust"] else "there was none"
+    folder, library = "", "transformers"
+    if cfg.lora_rank and not cfg.merge:
+        folder, library = "/adapter", "peft"
     return f"""---
 base_model: {json.dumps(cfg.model)}
+library_name: {library}
 pipeline_tag: text-generation
 tags: [mallowspo, {cfg.loss}, preference-optimisation]
 ---
 # {Path(cfg.model).name}, preference-trained by {cfg.loss}
 
-Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}` on {", ".join(cfg.data)}.  All settings
-are in `run.json`.  Dispersion index: {meaning}.
+Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}` on {", ".join(cfg.data)}. Load it with
+`transformers.AutoModelForCausalLM.from_pretrained("{Path(cfg.out).name}{folder}")`. All settings are in `run.json`;
+`cache/` may be deleted. Dispersion index: {meaning}.
 
 | | |
 |---|---|

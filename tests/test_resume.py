@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +247,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
     assert k > 40 and again
 
 
-def test_a_disk_that_is_full(job, make_model, pairs, tmp_path):
+def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
     """Files of at most 300 kB, as much as the weights take."""
     job(stop_at=1)
     out = tmp_path / "out"
@@ -258,6 +259,9 @@ def test_a_disk_that_is_full(job, make_model, pairs, tmp_path):
     assert "File too large" in done.stderr and f"--resume continues from {out}/checkpoint/step-00000002" in done.stderr
     assert all(map(whole, checkpoints(out)))
     job(resume=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(BadConfig, match="bytes are needed there, 1,000 are free"):
+        job(out=str(tmp_path / "other"))
 
 
 # --- bad numbers ----------------------------------------------------------------------------------------------

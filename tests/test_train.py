@@ -283,7 +283,7 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--model", ""], "--model is '', it must not be empty"), (["--eval-data", "x", "--eval-pairs", 3], "one of them"),
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--dispersion-power", "9"], "--dispersion-power is 9.0"),
-    (["--dispersion-power", "a"], "invalid learn_or_number value: 'a'"),
+    (["--dispersion-power", "a"], "'a' is neither learn nor a number"),
     (["--dispersion", "scores"], "no 'scores'"),
     (["--dispersion-power", "learn", "--loss", "dpo"], "--loss dpo has no dispersion"),
     (["--dispersion-power", "learn", "--phi-star", "1"], "--phi-star is for a power that is given"),
