@@ -49,13 +49,12 @@ METHODS = {
     "dpo, unanimous": {"loss": "dpo", "labels": "unanimous"},
     "phi, majority": {"loss": "mallows-phi", "labels": "majority"},
     "phi, majority and votes": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority"},
-    "the same, learned": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority",
-                          "dispersion_power": "learn"},
-    "the same, power 3": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority", "dispersion_power": 3.0},
+    "votes, learned": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority", "dispersion_power": "learn"},
+    "votes, power 3": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority", "dispersion_power": 3.0},
 }
 DIALOGUE = ("dpo", "ipo", "theta", "phi", "phi, learned")
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
-DRAWN = ("dpo", "phi", "phi, true", "phi, votes", "dpo, unanimous")
+DRAWN = ("dpo", "phi", "dpo, majority", "votes, power 3", "dpo, unanimous")
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # one is chosen by dpo alone, for all methods, not on what is reported
 
 
