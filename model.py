@@ -460,7 +460,8 @@ class Transformer(nn.Module):
         """Yield a token id for every prompt, again and again; None from a token of `stop` or the last position on.
         temperature 0: greedy.  A prompt has at least a token, and draws from its own generator, whatever is beside it.
         Raises BadModel where temperature or top_p is out of range."""
-        check(temperature >= 0 and top_p > 0, f"cannot sample with temperature {temperature} and top_p {top_p}")
+        check(max_new_tokens >= 0 and temperature >= 0 and top_p > 0,
+              f"cannot sample {max_new_tokens} tokens with temperature {temperature} and top_p {top_p}")
         c, device = self.config, self.embed.weight.device
         end, longest = c.positions, max(map(len, prompts))
         lengths, going = [len(ids) for ids in prompts], list(range(len(prompts)))        # of whom there is more to come
@@ -833,7 +834,6 @@ def main():
     try:
         model = Transformer.from_pretrained(args.folder, "cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Tokenizer(args.folder)
-        args.prompt.encode()                                         # a clear ValueError unless it is UTF-8
         ids = tokenizer.prompt([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
         longest, words = model.config.positions - 1, model.config.vocab_size
         check(0 < len(ids) <= longest, f"--prompt has {len(ids)} tokens, this model takes 1 to {longest}")
@@ -841,8 +841,8 @@ def main():
         steps = model.generate([ids], args.max_new_tokens, args.temperature, args.top_p,
                                (tokenizer.eos, *model.stop_tokens), [torch.Generator().manual_seed(args.seed)])
         text = tokenizer.backend.decode(ids + [token for [token] in steps])[len(tokenizer.backend.decode(ids)):]
-    except (ValueError, OSError) as error:
-        parser.error(f"{error!s:.2000}")
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        parser.error(f"{error!s:.2000}" or "interrupted")
     print(text if args.chat else args.prompt + text)
 
 
