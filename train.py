@@ -341,7 +341,7 @@ ABOVE_0 = "be a number above 0", lambda v: 0 < v < math.inf
 FROM_0 = "be a number, 0 or above", lambda v: 0 <= v < math.inf
 SHARE = "be from 0 to 1", lambda v: 0 <= v <= 1
 BELOW_HALF = "be from 0 to below 0.5", lambda v: 0 <= v < 0.5
-POWER = f"be learn, or from 0 to {mallowspo.POWERS[1]:.0f}", lambda v: v == "learn" or 0 <= v <= mallowspo.POWERS[1]
+POWER = "be learn, or from 0 to 8", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1])
 FINITE = "be a number", math.isfinite
 PAIRS = "be a share below 1 or a whole number, not below 0", lambda v: 0 <= v < 1 or (v > 0 and v % 1 == 0)
 SEED = "be 0 to below 2^32", lambda v: 0 <= v < 2 ** 32
