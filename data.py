@@ -841,7 +841,7 @@ def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], li
     """Pairs to train on and pairs held out: so many of them, or if below 1 this share.  Raises BadData."""
     count = math.ceil(share * len(pairs)) if share < 1 else int(share)
     if count >= len(pairs):
-        raise BadData(f"--eval-pairs {share} leaves none of the {len(pairs)} pairs to train on")
+        raise BadData(f"--eval-pairs {share:g} leaves none of the {len(pairs)} pairs to train on")
     held_out = set(np.random.default_rng(seed).permutation(len(pairs))[:count].tolist())
     return ([pair for i, pair in enumerate(pairs) if i not in held_out], [pairs[i] for i in sorted(held_out)])
 

@@ -1,6 +1,6 @@
 """Preference-train a language model with MallowsPO, DPO and their kin.
 
-    python train.py                                                  the demo: made on the spot, two minutes on a CPU
+    python train.py                                                  the demo: made on the spot, three minutes on a CPU
     python train.py --model DIR --data pairs.jsonl                   a Hugging Face folder, on your own pairs
     torchrun --standalone --nproc-per-node=8 train.py --model ...    the same steps on eight GPUs
 
@@ -162,22 +162,24 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
             for row in split.schedule.all_rows(step, world.size)]  # of all ranks: those of rank r are rows[r::size]
     first = {pair.digest(): i for i in reversed(range(len(rows))) for pair in rows[i]}
-    known = write_reference(path, key, {})                         # (raises now, not after the pass, if it cannot)
+    known = write_reference(path, key, {})
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
     turns = sorted({first[digest] // world.size for digest in missing})                   # of all ranks, at once
     began = saved = time.perf_counter()
     fresh = {}                                                     # scores that are not in the file yet
-    for turn in progress(world, "reference", turns, len(turns)):
-        i = turn * world.size + world.rank
-        for pair, scores in zip(rows[i], score_row(model, rows[i], world)):
-            if first[pair.digest()] == i and pair.digest() in missing:
-                fresh.setdefault(pair.digest(), scores)
-        if time.perf_counter() - saved > SCORES_SECONDS:
-            write_reference(path, key, fresh)
-            fresh, saved = {}, time.perf_counter()
-    write_reference(path, key, fresh)
+    try:
+        for turn in progress(world, "reference", turns, len(turns)):
+            i = turn * world.size + world.rank
+            for pair, scores in zip(rows[i], score_row(model, rows[i], world)):
+                if first[pair.digest()] == i and pair.digest() in missing:
+                    fresh.setdefault(pair.digest(), scores)
+            if time.perf_counter() - saved > SCORES_SECONDS:
+                write_reference(path, key, fresh)
+                fresh, saved = {}, time.perf_counter()
+    finally:
+        write_reference(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
         world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
@@ -452,7 +454,7 @@ class Config:
             refuse(term in used and not method.alpha, f"{dashed(term)} is about the reference, unused with --alpha 0")
         for part, whole in PARTS.items():
             refuse(getattr(self, part) not in (None, False) and whole not in used,
-                   f"{dashed(part)} is a part of {dashed(whole)}, which is not in use")
+                   f"{dashed(part)} needs {dashed(whole)}, which is not in use")
         refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
         refuse(self.references and method.token_weights != "equal",
                "--references are mixed response by response: not together with --token-weights")
@@ -550,12 +552,15 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         if cfg.dry_run:
             return
         world.on_rank0(refuse_small_disk, cfg, model)
-        record = new_record(cfg, splits, fingerprint(model, world))
+        record, method = new_record(cfg, splits, fingerprint(model, world)), cfg.method
+        path = Path(cfg.reference or out / "cache/reference.safetensors")
+        scored = method.link and (method.alpha or method.dispersion == "entropy")
+        if scored and cfg.reference:
+            write_reference(path, record["model_sha256"], {})      # raises now, while all is as it was, if it cannot
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
-        path, method = Path(cfg.reference or out / "cache/reference.safetensors"), cfg.method
-        if method.link and (method.alpha or method.dispersion == "entropy"):
+        if scored:
             scores = score_reference(model, path, record["model_sha256"], splits, world)
             for each in splits:
                 each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
@@ -620,6 +625,7 @@ def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
         dtype = world.dtype                                        # frozen weights need no more than that
     shard = (lambda model: apply_fsdp(model, world)) if world.shard else None
     model = Transformer.from_pretrained(folder, world.device, dtype, shard)
+    model.origin.files.pop("run.json", None)                       # of the run that made it, not of this one
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -1007,6 +1013,7 @@ def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
         content(new)
     else:
         new.write_bytes(content)
+    new.chmod(0o644)                                               # safetensors makes its files for their owner only
     fsync(new)
     os.replace(new, path)
 
@@ -1085,16 +1092,18 @@ def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[by
 
 def refuse_small_disk(cfg: Config, model: Transformer) -> None:
     """Raise BadConfig if --out has no room for the final model, and for two checkpoints for a moment."""
-    need = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)          # weights, and AdamW's moments
+    trained, need = sum(p.numel() for p in model.parameters() if p.requires_grad), 0
+    if cfg.lora_rank:
+        need += 4 * trained
     if cfg.merge or not cfg.lora_rank:
         largest = max(dtype.itemsize for _, dtype in model.origin.tensors.values())
         need += largest * sum(p.numel() for p in model.parameters())
     if cfg.save_every != 0:
-        need *= 2
+        need = 2 * (need + 12 * trained)                           # the weights as trained, and AdamW's moments
     there = sum(path.stat().st_size for path in Path(cfg.out).glob("checkpoint/**/*.safetensors"))
     free = shutil.disk_usage(cfg.out).free + there
     refuse(free < need, f"{cfg.out}: {need:,} bytes are needed there, {free:,} are free; make room, choose another "
-           "--out, or do without checkpoints (--save-every 0)")
+           "--out, or do without checkpoints (--save-every 0 takes less)")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -1134,7 +1143,7 @@ def save_checkpoint(run: Run, done: int) -> None:
     try:
         shutil.rmtree(new, ignore_errors=True)
         save_weights(cfg, model, new / "model", world)
-        save_file(tensors, new / "state.safetensors")
+        write_file(new / "state.safetensors", functools.partial(save_file, tensors))
         files = {str(path.relative_to(new)): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         write_json(new / "state.json", {**run.state, "sha256": files})
         for path in [*new.rglob("*"), new, *out.glob("*.jsonl")]:
@@ -1252,9 +1261,9 @@ def model_card(cfg: Config, record: dict) -> str:
         table |= {f"held-out {name}": entry[name] for name in ("loss", "accuracy", "margin")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     meaning = record["trust"]["meaning"] if record["trust"] else "there was none"
-    folder, library = "", "transformers"
+    folder, library, loader = "", "transformers", "transformers.AutoModelForCausalLM"
     if cfg.lora_rank and not cfg.merge:
-        folder, library = "/adapter", "peft"
+        folder, library, loader = "/adapter", "peft", "peft.AutoPeftModelForCausalLM"
     return f"""---
 base_model: {json.dumps(cfg.model)}
 library_name: {library}
@@ -1264,7 +1273,7 @@ tags: [mallowspo, {cfg.loss}, preference-optimisation]
 # {Path(cfg.model).name}, preference-trained by {cfg.loss}
 
 Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}` on {", ".join(cfg.data)}. Load it with
-`transformers.AutoModelForCausalLM.from_pretrained("{Path(cfg.out).name}{folder}")`. All settings are in `run.json`;
+`{loader}.from_pretrained("{Path(cfg.out).name}{folder}")`. All settings are in `run.json`;
 `cache/` may be deleted. Dispersion index: {meaning}.
 
 | | |
@@ -1357,9 +1366,8 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
     for name, settings in methods.items():
         for beta in [cfg.beta] if cfg.beta else DEMO_BETAS:
             job = replace(cfg, model=reference, data=[str(folder / "pairs.jsonl")], beta=beta,
-                                      sft=DEMO_SFT * beta if cfg.sft is None else cfg.sft,
-                                      out=str(out / f"{name}-{beta}"), reference=str(folder / "reference.safetensors"),
-                                      **settings)
+                          sft=DEMO_SFT * beta if cfg.sft is None else cfg.sft, out=str(out / f"{name}-{beta}"),
+                          reference=str(folder / "reference.safetensors"), **settings)
             with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():     # only the first one speaks
                 runs += fit_and_measure(name, job, population, world)[-1:]
             world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
@@ -1420,7 +1428,9 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.model:
             fit(cfg, world)
         else:
-            demo(cfg, "loss" in given, world)
+            with contextlib.ExitStack() as inside:
+                world.on_rank0(inside.enter_context, lock_folder(Path(cfg.out) / "lock", wait=False))
+                demo(cfg, "loss" in given, world)
     except (BadConfig, BadData, BadModel) as error:
         leave(2, error)
     except (RunFailed, OSError, SafetensorError) as error:

@@ -442,8 +442,8 @@ def test_two_processes_take_the_steps_of_one(run, make_model, pairs, tmp_path, l
     (["--loss", "sampo", "--references", "x"], "not together with --token-weights"),
     (["--loss", "minor-dpo", "--alpha", 0], "--clip-rejected is about the reference"),
     (["--loss", "sft", "--focal", 1], "--focal has no meaning for --loss sft"),
-    (["--loss", "dpo", "--token-decay", 0.9], "--token-decay is a part of --token-weights"),
-    (["--loss", "dpo", "--unbiased"], "--unbiased is a part of --smoothing"),
+    (["--loss", "dpo", "--token-decay", 0.9], "--token-decay needs --token-weights"),
+    (["--loss", "dpo", "--unbiased"], "--unbiased needs --smoothing"),
     (["--loss", "cdpo", "--smoothing", 0.5], "it must be from 0 to below 0.5"),
     (["--loss", "hpo"], "no 'rewards'"),
 ])

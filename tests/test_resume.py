@@ -79,6 +79,27 @@ def test_a_stopped_run_ends_as_one_that_was_not(job, make_model, tmp_path, capsy
     assert "there is nothing to do" in capsys.readouterr().out
 
 
+def test_a_run_from_a_finished_run_is_killed_at_its_end(job, tmp_path, monkeypatch):
+    """Such a --model folder has a run.json of its own, which says that it is finished."""
+    job(out=str(tmp_path / "first"), steps=2)
+    job(model=tmp_path / "first", out=str(tmp_path / "whole"))
+    monkeypatch.setattr(train, "finish", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        job(model=tmp_path / "first")
+    monkeypatch.undo()
+    assert checkpoints(tmp_path / "out") and not train.read_json(tmp_path / "out/run.json")["finished"]
+    job(model=tmp_path / "first", resume=True)
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_file_for_scores_that_is_none_leaves_all_as_it_was(job, pairs, tmp_path):
+    job(steps=2)
+    for name in (str(pairs), "/proc/no/scores"):
+        with pytest.raises((BadConfig, train.BadData)):
+            job(steps=2, reference=name)
+    assert train.read_json(tmp_path / "out/run.json")["finished"]
+
+
 def test_a_step_has_one_number(job, capsys):
     """The third one is 3 where it is done, where it is kept, where it is evaluated, and where the run goes on."""
     job(stop_at=2, log_every=1, eval_every=3)

@@ -530,7 +530,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pai
 
 @pytest.mark.parametrize("flags, words", [
     (["--shard"], "start them with torchrun"), (["--param-dtype", "bfloat16"], "wants --dtype bfloat16, not float32"),
-    (["--merge"], "is a part of --lora-rank"),
+    (["--merge"], "--merge needs --lora-rank"),
     (["--lora-rank", 4, "--param-dtype", "bfloat16"], "--lora-rank and --param-dtype do not go together"),
     (["--eval-pairs", 1.5], "a share below 1 or a whole number"), (["--lora-rank", -1], "--lora-rank is -1"),
     (["--lora-rank", 4, "--lora-targets", "q_proj"], "invalid choice: 'q_proj'")])
