@@ -1099,6 +1099,9 @@ def main():
     parser.add_argument("--show", type=int, default=2, help="how many pairs to print")
     args = parser.parse_args()
     try:
+        for name in args.files:
+            if not fetch(name).exists():
+                raise BadData(f"{name}: no such file")
         tokenizer = args.model and Tokenizer(find_model(args.model))
         sys.exit(not examine(args.files, tokenizer, args.max_tokens, args.show, read_columns(args.columns)))
     except BadData as error:

@@ -456,7 +456,7 @@ def main():
     for link in ("mallows-theta", "mallows-phi"):
         print()
         for phi in (0.05, 0.2, 0.5, 0.8, 0.95):
-            show(link, -math.log(phi), f"{phi:<4} {-math.log(phi):<6.4}")
+            show(link, -math.log(phi), f"{phi:<4} {-math.log(phi):<6.3f}")
     print("\nWhere people agree, a pair that the policy gets wrong pulls hard; where they do not, hardly at all.")
 
 
