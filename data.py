@@ -533,6 +533,7 @@ class Tokenizer:
             return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode(self, text: str) -> list[int]:
+        text.encode()                                               # a clear ValueError unless it is UTF-8
         return self._encode_all([text])[0]
 
     def text(self, ids) -> str:
