@@ -79,8 +79,9 @@ def llama_config(c: dict) -> Config:
     check(rope["rope_type"] in ROPE_SCALING,
           f"asks for RoPE scaling {rope['rope_type']!r}; supported: {', '.join(ROPE_SCALING)}")
     longest, layer_types = c.get("max_position_embeddings", 2048), c.get("layer_types") or []
-    check(set(layer_types) <= {"full_attention", "sliding_attention"}, f"asks for layer_types={layer_types!r:.300}")
     window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+    known = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
+    check(set(layer_types) <= known, f"asks for layer_types={layer_types!r:.300} with a window of {window}")
     return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
                   kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim, hidden=c["intermediate_size"],
                   positions=longest if window is None else min(longest, window), activation=c.get("hidden_act", "silu"),
@@ -187,7 +188,6 @@ def visible(query: Tensor, key: Tensor) -> Tensor:
 
 def attention_tiles(segments: Tensor, new: int, dtype: torch.dtype = torch.float32) -> list[tuple[int, slice, Tensor]]:
     """What the last `new` tokens see, by the (B, S) segment ids of all.
-
     A tile is: how many queries come next, the keys among which they see any, and the mask to add to their scores,
     (B, 1, queries, keys), -inf for what is not seen.  A GPU takes a row whole; a CPU by groups, short ones together,
     long ones TILE queries at a time: it computes none between neighbours, nor to what is yet to come."""
@@ -458,8 +458,7 @@ class Transformer(nn.Module):
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                  stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None) -> Iterator[list]:
         """Yield a token id for every prompt, again and again; None from a token of `stop` or the last position on.
-        temperature 0: greedy.  A prompt has at least a token, and draws from its own generator, whatever is beside it.
-        Raises BadModel where temperature or top_p is out of range."""
+        temperature 0: greedy.  A prompt has a token at least, and its own generator.  Raises BadModel: out of range."""
         check(max_new_tokens >= 0 and temperature >= 0 and top_p > 0,
               f"cannot sample {max_new_tokens} tokens with temperature {temperature} and top_p {top_p}")
         c, device = self.config, self.embed.weight.device
@@ -521,6 +520,8 @@ class Transformer(nn.Module):
         if shard:
             shard(model)
         model.origin = origin
+        check(all(type(token) is int and token >= 0 for token in model.stop_tokens),
+              f"{folder}: config.json or generation_config.json: eos_token_id {model.stop_tokens!r:.80} is no token")
         have, places = {}, dict(model.named_parameters())
         for file, name, tensor in read_tensors(folder):
             origin.tensors[name] = file, tensor.dtype
@@ -588,11 +589,10 @@ class Transformer(nn.Module):
     @property
     def stop_tokens(self) -> list[int]:
         """The ends of a text that generation_config.json and config.json name."""
-        found = []
-        for name in ("generation_config.json", "config.json"):
-            ids = json.loads(self.origin.files.get(name, b"{}")).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-        return list(dict.fromkeys(token for token in found if type(token) is int))
+        files = [json.loads(self.origin.files.get(f"{name}.json", b"{}")) for name in ("generation_config", "config")]
+        ends = [file.get("eos_token_id") for file in files]
+        found = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
+        return [token for i, token in enumerate(found) if token not in found[:i]]
 
     @property
     def notes(self) -> list[str]:
@@ -726,9 +726,8 @@ class Origin(NamedTuple):
 
 FILES = (".json", ".jinja", ".model", ".txt")     # endings of the files beside the weights that belong to a model
 LONGEST = 1 << 26                                 # bytes of such a file
-WHOLE = ("a model is a folder with config.json, *.safetensors and tokenizer.json; loading a pickle (*.bin, *.pt) can "
-         "run any code: convert it with transformers; an adapter alone is not a model: give one that it is merged into "
-         "(train.py --merge writes it)")
+WHOLE = ("a model is a folder with config.json, *.safetensors and tokenizer.json; an adapter alone is not a model: "
+         "give one that it is merged into (train.py --merge writes it)")
 DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
 LARGEST = {"layers": 1 << 10, "positions": 1 << 40, **dict.fromkeys(
     ("vocab_size", "dim", "heads", "kv_heads", "head_dim", "hidden"), 1 << 20)}
@@ -804,7 +803,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     index, there = folder / "model.safetensors.index.json", [path.name for path in folder.iterdir() if path.is_file()]
     files = ["model.safetensors"]
     if files[0] not in there:
-        check(index.name in there, f"{folder}: neither model.safetensors nor its index in {there!r:.300}; {WHOLE}")
+        check(index.name in there, f"{folder}: neither model.safetensors nor its index in {there!r:.300}; loading a "
+              f"pickle (*.bin, *.pt) can run any code: convert it with transformers; {WHOLE}")
         places = read_json(index).get("weight_map")
         check(isinstance(places, dict) and places, f"{index}: has no weight_map from tensors to files")
         for name in places.values():

@@ -354,7 +354,8 @@ HUGE = 10 ** 4000
     ("llama-tied", {"layer_types": ["\x1b[2J\n"] * 10 ** 5}, "layer_types"),
     ("llama-tied", {"quantization_config": {"x\n": ["\x1b"] * 10 ** 5}}, "quantization_config"),
     ("llama-tied", {"model_type": ["x\n"] * 10 ** 5}, "config.json: "), ("llama-tied", {"model_type": "x\n" * 99}, "x"),
-    ("llama-tied", {"eos_token_id": ["x" * 10 ** 5]}, None), ("llama-tied", {"surprise": {"a": [{}] * 99}}, None)])
+    ("llama-tied", {"eos_token_id": ["x" * 10 ** 5]}, "eos_token_id"),
+    ("llama-tied", {"surprise": {"a": [{}] * 99}}, None)])
 def test_configurations(make_model, tmp_path, family, changes, words):
     folder = shutil.copytree(make_model(family), tmp_path / "model")
     settings = json.loads((folder / "config.json").read_text())

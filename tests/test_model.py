@@ -120,7 +120,7 @@ def test_settings_as_transformers_4_wrote_them(make_model, tmp_path, name, chang
     ("mistral", {}, 128), ("mistral-window", {}, 48), ("qwen3-window", {}, 48),
     ("mistral", {"sliding_window": 500}, 128), ("mistral", {"sliding_window": 7}, 7),
     ("qwen2-window", {"layer_types": None, "max_window_layers": 1}, 48),
-    ("qwen2-window", {"use_sliding_window": False}, 128)])
+    ("qwen2-window", {"use_sliding_window": False, "layer_types": None}, 128)])
 def test_texts_are_no_longer_than_a_window_of_attention(make_model, tmp_path, name, changes, longest):
     model = Transformer.from_pretrained(edited(make_model(name), tmp_path, **changes))
     assert model.config.positions == longest and len(alone(model, [1, 2], 200, 0.0)) == longest - 2
@@ -414,6 +414,8 @@ def edited(folder, tmp_path, **changes):
     ("neox", {"attention_bias": False}, "attention.dense.bias"),
     ("mistral", {"attention_bias": True}, "attention_bias=True"),
     ("mistral", {"sliding_window": 0}, "positions, found 0"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "with a window of None"),
+    *(("gpt2", {"eos_token_id": wrong}, "eos_token_id") for wrong in (-1, "<", [3, True], 2.0)),
     ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"), ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ("gpt2", {"vocab_size": 10 ** 12}, "vocab_size"), ("gpt2", {"n_positions": 10 ** 18}, "positions"),
@@ -469,15 +471,16 @@ def test_refusals_of_folders_name_what_was_found(make_model, tmp_path):
 def test_stop_tokens_of_generation_config(make_model, tmp_path):
     folder = edited(make_model(), tmp_path)
     (end,) = Transformer.from_pretrained(folder).stop_tokens
-    for ids, stop in [([3, 5], [3, 5, end]), (7, [7, end]), (None, [end])]:
+    for ids, stop in [([3, 5], [3, 5, end]), (7, [7, end]), (None, [end]), ([end], [end])]:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         assert Transformer.from_pretrained(folder).stop_tokens == stop
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 100000]}')
     model = Transformer.from_pretrained(folder)
     assert model.stop_tokens == [3, 100000, end] and "eos_token_id 100000 is not one of" in model.notes[-1]
-    for ids in ('"3"', '{"a": [3]}', "2.5", "[[3]]"):
+    for ids in ('"3"', "-1", "true", '{"a": [3]}', "2.5", "[[3]]"):
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
-        assert Transformer.from_pretrained(folder).stop_tokens == [end]
+        with pytest.raises(BadModel, match="eos_token_id"):
+            Transformer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("size, top_p", [(7, 0.8), (7, 1.0), (1000, 0.9), (1000, 1.0)])
@@ -516,6 +519,8 @@ def test_the_command_line_continues_a_text_or_says_why_not(run, monkeypatch, cap
     for flags, words in [(["-p", ""], "0 tokens"), (["-p", "Ada " * 200], "400 tokens"),
                          (["-p", "a", "--top-p", 0], "cannot sample"),
                          (["-p", "a", "--temperature", "nan"], "cannot sample"), ([], "required"),
+                         (["-p", "a", "--max-new-tokens", -1], "cannot sample"),
+                         (["-p", "a", "--seed", 2 ** 64], "Overflow"),
                          (["-p", "\udcff"], "utf-8"),
                          (["-p", "a", "--max-new-tokens", "x"], "invalid int value")]:
         status, text, said = command_line(monkeypatch, capsys, folder, *flags)
