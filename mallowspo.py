@@ -70,6 +70,10 @@ class Method(NamedTuple):
     reference_clip: float = 0.1   # of several references: how far they may be from the first, as a share of it
 
 
+# Columns that say how another one works: without it they have no meaning.
+PARTS = {"token_decay": "token_weights", "token_cap": "token_weights", "unbiased": "smoothing",
+         "focal_gradient": "focal", "advantage_beta": "advantage"}
+
 LOSSES = {
     # The papers stand beside the LINKS, or here by arXiv number.  Defaults are the authors' where they are known; that
     # of r-dpo is from SamPO's code, those of focalpo and hpo are guesses.  IPO averages over tokens, as its authors

@@ -236,12 +236,8 @@ def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -
 
 
 def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) -> None:
-    """The index and the weight of every prompt, and what the records say beside; splits[0] is trained on."""
+    """The index and the weight of every prompt; splits[0] is trained on."""
     method = cfg.method
-    if method.advantage:
-        for each in splits:
-            rewards = torch.tensor([pair.rewards for pair in each.pairs])
-            each.advantage = mallowspo.advantages(rewards).to(each.advantage)                         # (P, 2)
     if method.dispersion == "constant":
         return
     if method.dispersion in RECORD_PHI:
@@ -352,11 +348,8 @@ NAMES = "name files or folders", lambda v: all(name and name.isprintable() for n
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TERMS = ("dispersion", "token_weights", "clip_rejected", "length_term", "smoothing", "focal", "advantage", "references")
-PARTS = {           # flags that are a part of what another flag puts to use
-    "token_decay": "token_weights", "token_cap": "token_weights", "unbiased": "smoothing", "focal_gradient": "focal",
-    "advantage_beta": "advantage", "reference_mix": "references", "reference_clip": "references",
-    "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank",
-}
+PARTS = {**mallowspo.PARTS, "reference_mix": "references", "reference_clip": "references",
+         "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank"}     # what each is a part of
 
 
 @dataclass(frozen=True)
@@ -641,9 +634,8 @@ def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
 def check_model(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
     """Say what the model is.  Raises BadConfig if it does not go with the tokenizer, --references or --out."""
     for name in cfg.references or ():
-        other = Tokenizer(world.on_rank0(find_model, name))
-        refuse(other.backend.get_vocab() != tokenizer.backend.get_vocab(),
-               f"--references {name}: its tokens are not those of --model {cfg.model}")
+        vocab = Tokenizer(world.on_rank0(find_model, name)).backend.get_vocab()
+        refuse(vocab != tokenizer.backend.get_vocab(), f"--references {name}: its tokens are not those of {cfg.model}")
     own = [file for file, _ in model.origin.tensors.values()]
     others = [path.name for path in sorted(Path(cfg.out).glob("model*.safetensors")) if path.name not in own]
     refuse(others, f"--out {cfg.out} holds weights of another model ({', '.join(others)}); choose another folder")

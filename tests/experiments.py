@@ -1,5 +1,6 @@
 """The paper's tasks on a real language model: controllable generation, dialogue, and what the dispersion index knows.
 
+    python tests/experiments.py sft --model DIR                     OUT/sft/model: DIR, taught to go on with reviews
     python tests/experiments.py sentiment --model DIR               continuations of openings, ranked by a panel
     python tests/experiments.py dialogue --model DIR --data hh-harmless.jsonl.gz --votes pandalm.jsonl.gz
     python tests/experiments.py index --model DIR                   after the other two: readings of the index
@@ -19,6 +20,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,7 @@ DIALOGUE = ("dpo", "ipo", "theta", "phi", "phi, learned")
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
 DRAWN = ("dpo", "phi", "dpo, majority", "votes, power 3", "dpo, unanimous")
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # one is chosen by dpo alone, for all methods, not on what is reported
+TASK = "Go on with this review where it stops, in one or two sentences, and write nothing else:\n\n"      # of sft
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ class Task:
     def learning_rate(self, data: Path, held_out: Path, **settings) -> float:
         """The one with which dpo has the least loss on held-out pairs: chosen once, for all methods."""
         with train.lock_folder(self.folder / "lock"):              # one process looks for it, the others wait
-            for rate in RATES:
+            for rate in self.args.rates:
                 if not any(row.get("tried") == rate for row in self.rows()):
                     _, out = self.fit(data, loss="dpo", lr=rate, eval_data=str(held_out), **settings)
                     last = read_rows(out / "evaluations.jsonl")[-1]
@@ -148,13 +151,14 @@ def sums(scores: list[train.Scores], pairs: list[Pair]) -> np.ndarray:
                      for each, pair in zip(scores, pairs)])
 
 
-def sample(model: Transformer, prompts: list[list[int]], tokens: int, end: int, seed: int) -> list[list[int]]:
-    """A response to each prompt, drawn from the model's own distribution."""
+def sample(model: Transformer, prompts: list[list[int]], tokens: int, end: int, seed: int, temperature: float = 1.0,
+           top_p: float = 1.0) -> list[list[int]]:
+    """A response to each prompt, drawn from the model's own distribution, if nothing else is said."""
     responses = []
     for start in range(0, len(prompts), 256):
         some = prompts[start:start + 256]
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(some))]
-        steps = list(model.generate(some, tokens, stop=(end,), generators=generators))
+        steps = list(model.generate(some, tokens, temperature, top_p, (end,), generators))
         responses += [[step[i] for step in steps if step[i] is not None] for i in range(len(some))]
     return responses
 
@@ -278,9 +282,31 @@ def write_pairs(task: Task, training: list[tuple[int, str]], tokens: int, copies
     train.write_jsonl(task.folder / "tune-held-out.jsonl", (each for each in records if each["prompt"] in asked))
 
 
+def sft(args: argparse.Namespace) -> None:
+    """A reference of another kind: what the chat model writes when it is asked to go on with a review, drawn as users
+    draw, the same model learns to write unasked (train.py --loss sft)."""
+    task, (training, _) = Task(args, "sft"), openings()
+    texts, chat, tokens, copies = [text for _, text in training], task.tokenizer.template, 48, 4
+    if args.quick:
+        texts, tokens, copies = texts[:10], 8, 2
+    prompts = [task.tokenizer.prompt([{"role": "user", "content": TASK + text}] if chat else text) for text in texts]
+    records = []
+    for seed in range(copies):
+        for text, ids in zip(texts, sample(task.reference, prompts, tokens, task.tokenizer.eos, seed, 0.7, 0.95)):
+            answer = task.tokenizer.text(ids).removesuffix("<|im_end|>").strip().removeprefix(text).strip()
+            if answer:
+                records.append({"prompt": text, "chosen": f" {answer}"})
+    train.write_jsonl(task.folder / "reviews.jsonl", records)
+    began = time.perf_counter()
+    _, out = task.fit(task.folder / "reviews.jsonl", loss="sft", lr=args.rates[0])
+    shutil.rmtree(task.folder / "model", ignore_errors=True)
+    out.replace(task.folder / "model")
+    print(f"sft: {len(records)} reviews in {time.perf_counter() - began:.0f} s -> {task.folder / 'model'}")
+
+
 def sentiment(args: argparse.Namespace) -> None:
     task = Task(args, "sentiment")
-    tokens, copies, end = (4, 4, task.tokenizer.eos) if args.quick else (32, 16, task.tokenizer.eos)
+    tokens, copies, end = (4, 4, task.tokenizer.eos) if args.quick else (32, args.copies, task.tokenizer.eos)
     training, held_out = openings()
     if args.quick:
         training, held_out = training[::20], held_out[::10]
@@ -291,10 +317,12 @@ def sentiment(args: argparse.Namespace) -> None:
     for job in jobs(args, args.methods or METHODS, args.betas or BETAS):
         if any(job.items() <= row.items() for row in task.rows()):
             continue
+        began = time.perf_counter()
         settings = {"labels": "pairs", **METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
         policy, out = task.fit(task.folder / f"{settings.pop('labels')}{job['seed']}.jsonl", **settings)
-        task.add({**job, **learned(out), **measure_sentiment(task, policy, prompts, tokens, end)})
-        print(f"sentiment: {job}", flush=True)
+        figures = measure_sentiment(task, policy, prompts, tokens, end)
+        task.add({**job, **learned(out), **figures, "seconds": time.perf_counter() - began})
+        print(f"sentiment: {job}, {time.perf_counter() - began:.0f} s", flush=True)
     if not any(row.get("method") == "reference" for row in task.rows()) and args.part[0] == 1:
         task.add({"method": "reference", **measure_sentiment(task, task.reference, prompts, tokens, end)})
 
@@ -630,7 +658,7 @@ def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
         print(f"  {method:<18}" + " | ".join(" ".join(cell) for cell in cells))
 
 
-EXPERIMENTS = {"sentiment": sentiment, "dialogue": dialogue, "index": index, "report": report}
+EXPERIMENTS = {"sft": sft, "sentiment": sentiment, "dialogue": dialogue, "index": index, "report": report}
 
 
 def share(text: str) -> tuple[int, int]:
@@ -651,6 +679,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="of sentiment: these alone")
     parser.add_argument("--betas", type=float, nargs="+", help="of sentiment: these instead")
+    parser.add_argument("--copies", type=int, default=16, help="of sentiment: continuations per opening for the pairs")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
     parser.add_argument("--samples", type=int, default=4, help="of sentiment: continuations per held-out opening")
     parser.add_argument("--kl", type=float, nargs="+", default=[3.0, 4.5, 5.0], help="of report: where to compare")
     parser.add_argument("--part", type=share, default=(1, 1), metavar="I/N", help="this process's share of the work")
