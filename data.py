@@ -26,6 +26,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -575,29 +576,32 @@ class Tokenizer:
     def _end(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
-    def pair(self, record: Record) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected ids.  Raises BadData unless they decode to the record's text: exactly to a
-        string; to a rendered chat but for white space, which some special tokens take in."""
-        found = self.pairs([record])[0]
-        if isinstance(found, BadData):
-            raise found
-        return found
-
-    def pairs(self, records: list[Record]) -> list[tuple | BadData]:
-        """The ids of many records, or what `pair` raises of each.  All chats are rendered within one limit, and all
-        texts encoded at once; if a record prevents that, each is done alone."""
-        try:
-            with complaint("the chat template fails"), bounded(*RENDERING):
-                texts = [self._spell(record) for record in records]
-            wanted = [[start, *(lead + answer for answer in answers)] for start, lead, *answers in texts]
-            ids = iter(self._encode_all([*itertools.chain(*wanted)]))
-            return [self._ids(record, each, [next(ids) for _ in each[1:]]) for record, each in zip(records, texts)]
-        except BadData as error:
+    def pairs(self, records: list[Record], thread: ThreadPoolExecutor) -> Callable[[], list[tuple | BadData]]:
+        """Begin with records -> a function that waits for each one's prompt, chosen and rejected ids; BadData in their
+        place unless they decode to the record's text: exactly to a string; to a rendered chat but for white space,
+        which some special tokens take in.  All chats are rendered within one limit, and the thread encodes all texts at
+        once; if a record prevents that, each is done alone."""
+        def alone(error):
             if len(records) > 1:
-                return [self.pairs([record])[0] for record in records]
+                return [self.pairs([record], thread)()[0] for record in records]
             if "TimeoutError" in str(error):                        # it is not tried again
                 self.template = "{{ raise_exception('it takes too long') }}"
             return [BadData(f"{error!s:.500}")]
+        try:
+            with complaint("the chat template fails"), bounded(*RENDERING):
+                texts = [self._spell(record) for record in records]
+        except BadData as error:
+            return functools.partial(alone, error)
+        wanted = [[start, *(lead + answer for answer in answers)] for start, lead, *answers in texts]
+        encoding = thread.submit(self._encode_all, [*itertools.chain(*wanted)])
+
+        def finish():
+            try:
+                ids = iter(encoding.result())
+                return [self._ids(record, each, [next(ids) for _ in each[1:]]) for record, each in zip(records, texts)]
+            except BadData as error:
+                return alone(error)
+        return finish
 
     def _spell(self, record: Record) -> list[str]:
         """The prompt, a lead, and what each response adds to the prompt.  A response is encoded behind the lead, whose
@@ -713,33 +717,42 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
     return columns
 
 
+def read_records(names, need_rejected: bool, columns: dict[str, str] | None) -> Iterator[tuple]:
+    """(file:line, Record or what is wrong with it); if a file is bad, (None, BadData) at the end."""
+    try:
+        for where, line in itertools.chain.from_iterable(map(read_lines, names)):
+            try:
+                record = parse(decode_json(line), need_rejected, columns)
+            except NoPreference as error:
+                record = error
+            except (BadData, RecursionError) as error:              # the latter from thousands of brackets
+                record = BadData(f"{error!s:.500}")
+            yield where, record
+    except BadData as error:
+        yield None, error
+
+
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
                columns: dict[str, str] | None = None) -> Iterator[tuple]:
     """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
     of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
-    lines = itertools.chain.from_iterable(map(read_lines, [names] if isinstance(names, str | Path) else names))
-    while True:
-        block, end = [], None
-        try:
-            for where, line in itertools.islice(lines, 64):
-                try:
-                    record = parse(decode_json(line), need_rejected, columns)
-                except NoPreference as error:
-                    record = error
-                except (BadData, RecursionError) as error:          # the latter from thousands of brackets
-                    record = BadData(f"{error!s:.500}")
-                block.append((where, record))
-        except BadData as error:                                    # the file's; what is before it comes first
-            end = error
+    records = read_records([names] if isinstance(names, str | Path) else names, need_rejected, columns)
+
+    def begin(block):
         good = [record for _, record in block if isinstance(record, Record)]
-        found = iter(tokenizer.pairs(good) if tokenizer else [tuple(map(plain, record[:3])) for record in good])
-        for where, record in block:
-            ids = next(found) if isinstance(record, Record) else record
-            yield (where, ids, None) if isinstance(ids, BadData) else (where, record, ids)
-        if end:
-            raise end
-        if not block:
-            return
+        if tokenizer is None:
+            return block, lambda: [tuple(map(plain, record[:3])) for record in good]
+        return block, tokenizer.pairs(good, thread)
+
+    with ThreadPoolExecutor(1) as thread:               # encodes a block while the one before it is checked
+        blocks = map(begin, iter(lambda: list(itertools.islice(records, 64)), []))
+        for (block, finish), _ in itertools.pairwise(itertools.chain(blocks, [None])):
+            found = iter(finish())
+            for where, record in block:
+                if where is None:
+                    raise record
+                ids = next(found) if isinstance(record, Record) else record
+                yield (where, ids, None) if isinstance(ids, BadData) else (where, record, ids)
 
 
 def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:

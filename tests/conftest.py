@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"                 # its threads do not survive a fork
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 from bandit import Population  # noqa: E402
+from data import BadData  # noqa: E402
 from train import write_jsonl  # noqa: E402
 
 LLAMA = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -96,6 +98,15 @@ def pairs(tmp_path_factory, population):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     write_jsonl(path, population.judgements(50, seed=0))
     return path
+
+
+def pair_ids(tokenizer, record):
+    """What Tokenizer.pairs makes of one record; its BadData is raised."""
+    with ThreadPoolExecutor(1) as thread:
+        found, = tokenizer.pairs([record], thread)()
+    if isinstance(found, BadData):
+        raise found
+    return found
 
 
 def forked(script, arguments, cwd, outputs):

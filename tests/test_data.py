@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, pair_ids
 
 import data
 import mallowspo
@@ -139,11 +140,11 @@ def special_tokenizer(folder, kind, eos="</s>"):
 @pytest.mark.parametrize("kind, bos", [("plain", []), ("start", [0]), ("both", [0])])
 def test_start_and_end_tokens_stand_once(tmp_path, kind, bos):
     tokenizer = special_tokenizer(tmp_path, kind)
-    prompt, chosen, rejected = tokenizer.pair(parse(GOOD))
+    prompt, chosen, rejected = pair_ids(tokenizer, parse(GOOD))
     assert tokenizer.bos == bos and prompt[:len(bos)] == bos and prompt.count(0) == len(bos)
     assert chosen[-1] == rejected[-1] == 1 and chosen.count(1) == 1
     written = parse({"prompt": "<s>Ada asks:" if bos else "Ada asks:", "chosen": " yes</s>", "rejected": " no"})
-    assert tokenizer.pair(written) == (prompt, chosen, rejected)                 # none is doubled
+    assert pair_ids(tokenizer, written) == (prompt, chosen, rejected)                 # none is doubled
 
 
 def test_end_token_given_as_object_or_id(tmp_path):
@@ -165,10 +166,10 @@ def test_tokens_decode_to_the_text(tmp_path, tokenizer):
     text = "Ada asks: is the yes of it\nthe no? and the rest."
     for one in (tokenizer, spaced):
         for cut in range(1, len(text) - 1):
-            prompt, chosen, _ = one.pair(parse({"prompt": text[:cut], "chosen": text[cut:], "rejected": "x"}))
+            prompt, chosen, _ = pair_ids(one, parse({"prompt": text[:cut], "chosen": text[cut:], "rejected": "x"}))
             assert one.text(prompt + chosen[:-1]) == text
     with pytest.raises(BadData, match="do not decode to their text"):
-        spaced.pair(parse({**GOOD, "chosen": " \N{SNOWMAN}"}))                 # an unknown character
+        pair_ids(spaced, parse({**GOOD, "chosen": " \N{SNOWMAN}"}))                 # an unknown character
 
 
 def test_not_a_tokenizer(tmp_path):
@@ -251,16 +252,17 @@ def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
 
     def alone(tokens, record):
         try:
-            return tokens.pair(record)
+            return pair_ids(tokens, record)
         except BadData as error:
             return str(error)[:500]
     models = [chat_model((TEMPLATES / f"{name}.jinja").read_text(), start)[0]
               for name in TURN_ENDS for start in (False, True)]
     models += [chat_model(end + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}" + end)[0]
                for end in ("", "<s>", "<s> ")]
+    thread = ThreadPoolExecutor(1)
     for ours in [*models, tokenizer]:
         for records in (chats, texts, chats[:3] + texts[:3]):
-            found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records)]
+            found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records, thread)()]
             assert found == [alone(ours, record) for record in records]
             for record, ids in zip(records, found):
                 if isinstance(record.prompt, list) and isinstance(ids, tuple):
@@ -291,7 +293,7 @@ def test_chats_are_rendered_and_tokenised_as_by_transformers(chat_model, name):
         for answer in (True, False):
             assert ours.render(chat, answer) == theirs.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=answer)
-        prompt, *responses = ours.pair(parse({"prompt": chat, "chosen": "Sure.", "rejected": "No way, the end"}))
+        prompt, *responses = pair_ids(ours, parse({"prompt": chat, "chosen": "Sure.", "rejected": "No way, the end"}))
         assert prompt == ours.prompt(chat)
         for ids, text in zip(responses, ("Sure.", "No way, the end")):
             whole = theirs.apply_chat_template(chat + say(text, first="assistant"), return_dict=False)
@@ -315,11 +317,11 @@ def test_chats_where_special_tokens_take_in_white_space(tmp_path, rstrip):
         "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}")
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    prompt, chosen, _ = ours.pair(parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "no"}))
+    prompt, chosen, _ = pair_ids(ours, parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "no"}))
     whole = theirs.apply_chat_template(say("is it?", "yes."), return_dict=False)
     assert prompt + chosen == whole[:len(prompt + chosen)] and theirs.decode(chosen).endswith("<|end|>")
     with pytest.raises(BadData, match="tokens of 'prompt' and 'rejected' do not decode"):
-        ours.pair(parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "\N{SNOWMAN}"}))
+        pair_ids(ours, parse({"prompt": say("is it?"), "chosen": "yes.", "rejected": "\N{SNOWMAN}"}))
 
 
 def test_where_a_template_is_found(chat_model):
@@ -332,7 +334,7 @@ def test_where_a_template_is_found(chat_model):
     assert ours.render(chat, True) == "file"
     ours, _ = chat_model(None)
     with pytest.raises(BadData, match="no chat template"):
-        ours.pair(parse({"prompt": chat, "chosen": "b", "rejected": "c"}))
+        pair_ids(ours, parse({"prompt": chat, "chosen": "b", "rejected": "c"}))
 
 
 PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -341,9 +343,9 @@ PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 def test_a_turn_without_an_end_token_gets_one(chat_model):
     ours, _ = chat_model(PLAIN)
-    prompt, chosen, _ = ours.pair(parse({"prompt": say("a"), "chosen": "b", "rejected": "c"}))
+    prompt, chosen, _ = pair_ids(ours, parse({"prompt": say("a"), "chosen": "b", "rejected": "c"}))
     assert ours.text(prompt) == "user: a\nassistant:" and ours.text(chosen) == " b\n</s>"
-    _, chosen, _ = ours.pair(parse({"prompt": say("a"), "chosen": "b</s> more", "rejected": "c"}))
+    _, chosen, _ = pair_ids(ours, parse({"prompt": say("a"), "chosen": "b</s> more", "rejected": "c"}))
     assert ours.text(chosen) == " b</s> more\n</s>"                            # one in the midst is no end
 
 
@@ -447,7 +449,7 @@ def test_votes_reach_the_pair(tmp_path, tokenizer):
 def test_responses_that_become_the_same_tokens(chat_model):
     ours, _ = chat_model((TEMPLATES / "llama3.jinja").read_text())             # this one trims
     with pytest.raises(BadData, match="the same tokens"):
-        ours.pair(parse({"prompt": say("a"), "chosen": "b", "rejected": "b "}))
+        pair_ids(ours, parse({"prompt": say("a"), "chosen": "b", "rejected": "b "}))
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -613,7 +615,7 @@ def test_the_doctor_counts_what_it_should(tmp_path, tokenizer, capsys):
     write_jsonl(tmp_path / "f.jsonl", [GOOD, {**GOOD, "prompt": "Ada asks: " * 9}, {**GOOD, "rejected": "x" * 99}])
     good, report, numbers, lengths = doctor(capsys, tmp_path / "f.jsonl", tokenizer=tokenizer, max_tokens=20,
                                             examples=1)
-    ids = tokenizer.pair(parse(GOOD))
+    ids = pair_ids(tokenizer, parse(GOOD))
     assert not good and numbers["prompts lose their beginning at --max-tokens 20"] == "1"
     assert "1  pairs are dropped" in report
     assert lengths["prompt"][0] == len(ids[0]) and lengths["chosen"] == [len(ids[1])] * 6 and "<end>|" in report

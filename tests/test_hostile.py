@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import pair_ids
 from safetensors.numpy import load_file, save_file
 
 import data
@@ -169,7 +170,7 @@ def test_tokenizers_that_are_none(make_model, tmp_path, changes):
     """Some fail when they are read, some at the first text, some in panic."""
     changes = {**changes, "model": changes.get("model") or {}}
     changed_tokenizer(make_model, tmp_path, **changes)
-    refused(lambda: Tokenizer(tmp_path).pair(parse(PAIR)), "BadData", "tokenizer")
+    refused(lambda: pair_ids(Tokenizer(tmp_path), parse(PAIR)), "BadData", "tokenizer")
 
 
 @pytest.mark.parametrize("content", [
@@ -216,7 +217,7 @@ def test_templates_that_reach_out(make_model, tmp_path, monkeypatch, template, w
     monkeypatch.chdir(tmp_path)
     changed_tokenizer(make_model, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "<end>"}))
-    refused(lambda: Tokenizer(tmp_path).pair(parse(CHAT)), "BadData", words)
+    refused(lambda: pair_ids(Tokenizer(tmp_path), parse(CHAT)), "BadData", words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -225,7 +226,7 @@ def test_a_template_that_no_signal_interrupts(make_model, tmp_path, monkeypatch)
     monkeypatch.setattr("data.RENDERING", (0.5, 1 << 28))
     changed_tokenizer(make_model, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(DEEP + "{{ n.x == n.y }}")
-    process = multiprocessing.get_context("fork").Process(target=lambda: Tokenizer(tmp_path).pair(parse(CHAT)))
+    process = multiprocessing.get_context("fork").Process(target=lambda: pair_ids(Tokenizer(tmp_path), parse(CHAT)))
     process.start()
     process.join(SECONDS)
     assert process.exitcode == 1

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import pair_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import PLAIN, special_tokenizer
@@ -153,7 +154,7 @@ def test_tokens_decode_to_the_text(tokenizers, prompt, chosen, rejected):
         end, start = one.text([one.eos]), one.text(one.bos)
         if chosen.removesuffix(end) == rejected.removesuffix(end):
             continue
-        ids, *sides = one.pair(parse({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+        ids, *sides = pair_ids(one, parse({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
         assert one.text(ids) == start + prompt.removeprefix(start)
         for text, side in zip((chosen, rejected), sides):
             assert side[-1] == one.eos and one.text(side) == text.removesuffix(end) + end
