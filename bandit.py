@@ -989,7 +989,7 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
             axes.plot(pick(line, panel.x), pick(line, panel.y), style, label=name, markevery=max(len(line) // 12, 1))
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **{f"{name}scale": "log" for name in panel.log})
         if panel.facet:
-            axes.set_title(f"{panel.facet} = {facet}")
+            axes.set_title(f"{panel.facet} = {facet}".removeprefix("measure = "))
         axes.legend(title=panel.by)
         axes.grid(alpha=.3)
     figure.savefig(path)

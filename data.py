@@ -587,6 +587,7 @@ class Tokenizer:
             if "TimeoutError" in str(error):                        # it is not tried again
                 self.template = "{{ raise_exception('it takes too long') }}"
             return [BadData(f"{error!s:.500}")]
+        thread.submit(bool).result()                    # it has done all else: its memory is not the template's
         try:
             with complaint("the chat template fails"), bounded(*RENDERING):
                 texts = [self._spell(record) for record in records]
