@@ -8,15 +8,15 @@ ranking is a coin toss.  MallowsPO is DPO that knows this number.  With lam(x) =
     h    = beta * (r(chosen) - T(r(rejected)) - margin) + b * (|chosen| - |rejected|)
     loss = mu * -log g(h; lam(x))  +  sft * NLL(chosen)                     g: the probability that a person agrees
 
-and a method is a row of settings of these three lines (the table LOSSES); what it does not set is neutral: token
+A method is a row of settings of these three lines (the table LOSSES); what a row does not set is neutral: token
 weights a_t = 1, T the identity, mu = 1.  The link g of MallowsPO-theta (Spearman's rho) is DPO's sigmoid with beta
 scaled per prompt, that of MallowsPO-phi (Kendall's tau) is curved; theta and phi are the paper's names.  A link
-without lam (DPO's, IPO's) gets weight(x) * h for h: so dispersion plugs into any row.  Where lam comes from:
+without lam (DPO's, IPO's) takes weight(x) * h in place of h, so dispersion plugs into any row.  Where lam comes from:
 
     entropy of the reference -> index H, a stand-in for phi -> weight = phi_star * -log H, mean 1 -> lam = c * weight
 
-(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi.)  How far H may be trusted, the pairs themselves tell:
-fit_trust.  In a training loop of your own:
+(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi.)  How far H may be trusted can be learned from the
+pairs themselves, see fit_trust.  In a training loop of your own:
 
   from mallowspo import LOSSES, calibrate_phi_star, dispersion_index, dispersion_weight, objective
 
@@ -65,7 +65,7 @@ class Method(NamedTuple):
     focal: float = 0.0            # mu = g^focal: less weight to pairs that the policy gets wrong
     focal_gradient: bool = False  # of focal: the gradient passes through mu too
     advantage: float = 0.0        # weight of a likelihood of both responses, by the record's "rewards"
-    advantage_beta: float = 1.0   # of advantage: e-fold of that likelihood's weight, in units of the rewards
+    advantage_beta: float = 1.0   # of advantage: by so many rewards that likelihood's weight grows e-fold
     reference_mix: str = "adaptive"     # of several references: weights by how sure each is, or "equal"
     reference_clip: float = 0.1   # of several references: how far they may be from the first, as a share of it
 
@@ -184,14 +184,14 @@ def token_weights(method: Method, logp: Tensor, place: Tensor, mask: Tensor) -> 
     """(N,) weights a_t of response tokens, the same for policy and reference, without gradient.
 
     "decay" (2502.14340): earlier tokens count more.  "sample" (SamPO): mask has as many tokens of the longer
-    response, drawn at random, as the shorter one has.  "difference" (BMC): tokens that the other response has not
-    (mask) count 1 + min(1 / pi, cap), the policy's pi also for the reference (the authors' code takes its own)."""
+    response, drawn at random, as the shorter one has.  "difference" (BMC): tokens that the other response lacks
+    (mask) count 1 + min(1 / pi, cap), with the policy's pi for the reference too (the authors' code takes its own)."""
     return TOKEN_WEIGHTS[method.token_weights](method, logp.detach(), place, mask)
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """(P, 2) rewards of both responses -> how much better each is than their mean, which stands in for HPO's value
-    head: that needs a second network."""
+    """(P, 2) rewards of both responses -> (P, 2) how much better each is than their mean.  The mean stands in for HPO's
+    value head, which would be a second network."""
     rewards = rewards.double()
     return rewards - rewards.mean(-1, keepdim=True)
 
@@ -235,8 +235,8 @@ def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
 def dispersion_weight(index: Tensor, phi_star: float, power: float = 1.0) -> Tensor:
     """weight(x) = phi_star * (-log H(x))^power: large where people agree, near 0 where they do not.
 
-    index: any shape, H(x) or a known phi(x); clamped to INDEX_RANGE.  MallowsPO (Eq. 13-14) is power = 1.  Less
-    shrinks a noisy index towards no dispersion at all, which is 0; more spreads a timid one (ours, see fit_trust)."""
+    index: any shape, H(x) or a known phi(x); clamped to INDEX_RANGE.  MallowsPO (Eq. 13-14) is power = 1.  Other powers
+    are ours: a smaller one trusts a noisy index less (0 ignores it), a larger one spreads a timid index (fit_trust)."""
     return phi_star * (-index.clamp(*INDEX_RANGE).log()) ** power
 
 
@@ -278,14 +278,15 @@ def fit_trust(agrees: Tensor, index: Tensor) -> Trust:
 
         P(agrees) = sigmoid(exp(c + kappa * x)),    x = log(-log H), centred over the pairs
 
-    agrees: (P,) 1 where the policy's margin had the right sign before the pair was trained on, else 0 (1/2, a tie,
-    says nothing, nor does an index that is nan);  index: (P,) H, as for dispersion_weight.
+    agrees: (P,) 1 where the policy's margin had the right sign before the pair was trained on, else 0;  index: (P,) H,
+    as for dispersion_weight.  Ties (1/2) and pairs whose index is nan are left out.
 
     Ours.  A policy that has learned something is right more often where people agree, so its log-odds of being right
     are a measure of lam, and the model says that they are a power of -log H: lam = exp(c) * (-log H)^kappa.  Kappa is
     the power to give to dispersion_weight, clipped to POWERS: an index that says nothing ends near 0, which is DPO.
-    Its limits: a prompt that the policy has not learned yet looks like one on which people disagree, and few pairs
-    say less than the prior (TRUST_PRIOR).  Newton's method with the expected curvature, halved until it gains."""
+    Its limits: a prompt that the policy has not learned yet looks like one on which people disagree; few pairs weigh
+    less than the prior (TRUST_PRIOR); and the standard error takes pairs for independent, so it is too small where
+    many pairs share few prompts.  Newton's method with the expected curvature, halved until it gains."""
     x = (-index.double().cpu().clamp(*INDEX_RANGE).log()).log()
     agrees = agrees.double().cpu()
     counts = (agrees != 0.5) & ~x.isnan()
@@ -340,9 +341,9 @@ def lam_of(method: Method, weight: Tensor) -> Tensor:
 def lam_of_votes(votes: Tensor) -> Tensor:
     """(..., 2) people for the chosen and for the rejected response -> (...,) lam: its mean, given the votes.
 
-    Ours.  The two count as neighbours in the ranking, so that a person is for the chosen one with probability
-    1 / (1 + phi) = sigmoid(lam); before any vote phi may be anything from 0 to 1, evenly.  Votes of 1 : 0
-    give a lam of 1.19, 3 : 0 give 1.59 and 2 : 1 give 0.77."""
+    Ours.  The two are taken for neighbours in the ranking, so that a person votes for the chosen one with probability
+    1 / (1 + phi) = sigmoid(lam); the prior on phi is uniform from 0 to 1.  Votes of 1 : 0 give a lam of 1.19,
+    3 : 0 give 1.59 and 2 : 1 give 0.77."""
     lam = (torch.arange(8192, dtype=torch.float64) + 0.5) / 200                         # 0 to 41, midpoints
     kinds, place = votes.double().cpu().reshape(-1, 2).unique(dim=0, return_inverse=True)
     people, against = kinds.sum(-1, keepdim=True), kinds[:, 1:]                         # (kinds, 1)
@@ -351,8 +352,8 @@ def lam_of_votes(votes: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The links.  LINKS[name](h, lam) holds the loss of one pair: -log g(h; lam) where g is a probability, as g
-#    itself underflows where the loss is large.  Element by element, shapes broadcast.
+# 4. The links.  LINKS[name](h, lam) is the loss of one pair: -log g(h; lam), where g is a probability (g itself
+#    underflows where the loss is large).  Element by element, shapes broadcast.
 
 LINKS = {
     "sigmoid":       lambda h, lam: -F.logsigmoid(h),                      # DPO: arXiv 2305.18290, Eq. 7
