@@ -75,7 +75,7 @@ class Task:
         if args.quick:
             torch.set_num_threads(1)
             with train.lock_folder(args.out / "tiny.lock"):        # other processes want it too
-                args.model = make_tiny(args.out / "tiny")
+                args.model = args.model or make_tiny(args.out / "tiny")
         where = find_model(args.model)
         self.tokenizer = Tokenizer(where)
         self.reference = Transformer.from_pretrained(where, self.world.device)
