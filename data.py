@@ -1,9 +1,9 @@
 """Preference records -> checked, tokenised pairs -> a fixed schedule of packed rows.
 
-A record is an object of JSON with "prompt", "chosen", "rejected", see FORMS; "dispersion" (phi in (0, 1]), "votes"
-([for chosen, for rejected]), "scores" (a judge's, [of chosen, of rejected]) and "rewards" (what else they are worth)
-are optional.  Strings are used as they are; messages go through the tokenizer's own chat template.  Prompt and response
-meet between two tokens; the token that ends a response is scored, once.
+A record is a JSON object with "prompt", "chosen" and "rejected" (see FORMS), optionally "dispersion"
+(phi in (0, 1]), "votes" ([for chosen, for rejected]), "scores" (a judge's, [of chosen, of rejected]) and
+"rewards" (what else the two are worth).  Strings are used as they are; messages go through the tokenizer's
+own chat template.  No token holds parts of both prompt and response; a response's end token is scored, once.
 
     python data.py pairs.jsonl --model DIR          the data doctor: what is in it, what is wrong, what is scored
 """
@@ -47,24 +47,24 @@ class BadData(ValueError):
 
 
 class NoPreference(BadData):
-    """A record of a known shape that says that neither response is better: passed over, and counted."""
+    """A record of a known shape that says that neither response is better; it is skipped and counted."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Records
 
-Text = str | list[dict]        # used as it is; or messages, [{"role": ..., "content": ...}, ...]
+Text = str | list[dict]        # used as it is, or messages: [{"role": ..., "content": ...}, ...]
 FORMS = {
     "strings": "prompt, chosen and rejected are texts",
-    "dialogues": "chosen and rejected are texts, the whole dialogue; the last 'Assistant:' ends the prompt",
-    "messages": "prompt, chosen and rejected are lists of messages, or a text in place of a single one",
-    "conversations": "chosen and rejected are lists of all messages; the last one they share ends the prompt",
+    "dialogues": "chosen and rejected are texts of the whole dialogue; the last 'Assistant:' ends the prompt",
+    "messages": "prompt, chosen and rejected are lists of messages; a text stands for a single message",
+    "conversations": "chosen and rejected are lists of all messages; the last shared message ends the prompt",
 }
 TURN = "\n\nAssistant:"        # Anthropic's dialogues: the last one of these ends the prompt
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Files that people have: the columns that a record is known by, and what makes (prompt, [chosen, rejected]) of it, and
-# votes, if it has some.
+# Shapes of well-known data sets: name -> (the columns that identify a record, a function that turns it into
+# (prompt, [chosen, rejected]), or (prompt, [chosen, rejected], votes) if it has votes).
 SHAPES = {
     "Orca": ("system question chosen rejected", lambda r: (_asked(r["question"], r["system"]), _pair(r))),
     "argilla's Orca": ("system input chosen rejected", lambda r: (_asked(r["input"], r["system"]), _pair(r))),
@@ -81,13 +81,13 @@ SHAPES = {
     "HelpSteer3": ("context response1 response2 overall_preference individual_preference", lambda r: _helpsteer(r)),
 }
 FORMS |= {name: f"columns {columns}" for name, (columns, _) in SHAPES.items()}
-FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's names of the roles
+FROM = {"human": "user", "gpt": "assistant"}           # ShareGPT's role names -> ours
 
-# What else a record may carry: the flag that uses it, whether a value fits, and what it has to be.
+# Optional fields of a record: name -> (the flag that uses it, a test of its value, what the value must be).
 FIELDS = {
     "dispersion": ("--dispersion field", lambda x: _numbers([x], 1) and 0 < x <= 1, "a number phi with 0 < phi <= 1"),
     "votes": ("--dispersion votes", lambda x: _numbers(x, 2, (int,)) and min(x) >= 0 and 0 < max(x) < 1 << 31,
-              "[for chosen, for rejected], two counts of which one is above 0"),
+              "[for chosen, for rejected], two counts, at least one above 0"),
     "scores": ("--dispersion scores", lambda x: _numbers(x, 2), "[of chosen, of rejected], two numbers"),
     "rewards": ("--advantage", lambda x: _numbers(x, 2), "[of chosen, of rejected], two numbers"),
 }
@@ -95,17 +95,17 @@ FIELDS = {
 
 class Record(NamedTuple):
     prompt: Text
-    chosen: Text                # a string if the prompt is; else messages, all of which are scored
-    rejected: Text              # "" where there is none (sft)
-    dispersion: float | None    # phi(x) that the data carries
-    votes: list[int] | None     # how many people were for [chosen, rejected]
+    chosen: Text                # a string if the prompt is one; else messages, all of them scored
+    rejected: Text              # "" if the record has none (sft)
+    dispersion: float | None    # phi(x), if the record gives it
+    votes: list[int] | None     # how many people preferred [chosen, rejected]
     scores: list[float] | None  # how a judge or a reward model rates [chosen, rejected]
     rewards: list[float] | None  # what else [chosen, rejected] are worth, see mallowspo.advantages
     form: str
 
 
 def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = None) -> Record:
-    """A decoded record -> Record.  columns: our name -> its name there.  Raises BadData that says what is wrong."""
+    """A decoded record -> Record.  columns: our name -> its name in the record.  Raises BadData."""
     if not isinstance(item, dict):
         raise BadData(f"is {_kind(item)}, not an object with prompt, chosen and rejected")
     for ours, theirs in (columns or {}).items():
@@ -131,13 +131,13 @@ def parse(item, need_rejected: bool = True, columns: dict[str, str] | None = Non
 
 
 def reshape(item: dict) -> tuple[str | None, dict]:
-    """The name of the shape that a record's columns show, and the record with our names; None: it has ours."""
+    """The shape whose columns the record has (None: it has our names), and the record with our names."""
     fits = [name for name, (columns, _) in SHAPES.items() if set(columns.split()) <= item.keys()]
     if not fits or {"prompt", "chosen"} <= item.keys():
         return None, item
     if len(fits) > 1:
         raise BadData(f"has the columns of {' and of '.join(fits)} ({', '.join(map(repr, item))}): say which are "
-                      "meant, by --columns prompt=... chosen=... rejected=...")
+                      "meant with --columns prompt=... chosen=... rejected=...")
     try:
         prompt, (chosen, rejected), *votes = SHAPES[fits[0]][1](item)
     except BadData as error:
@@ -158,7 +158,7 @@ def _instruction(record: dict) -> list[dict]:
 
 
 def _pair(record: dict, columns: str = "chosen rejected", label: str | None = None) -> list:
-    """The values of two columns, or the two in one, the better one first: the label, if any, is its number, 0 or 1."""
+    """[chosen, rejected] from two columns or one list; label: the column with the index of chosen, 0 or 1."""
     pair = record[columns] if columns in record else [record[name] for name in columns.split()]
     if not isinstance(pair, list) or len(pair) != 2:
         raise BadData(f"{columns!r} is {_kind(pair)}, not [chosen, rejected]")
@@ -179,7 +179,7 @@ def _sharegpt(record: dict) -> tuple:
 
 
 def _helpsteer(record: dict) -> tuple:
-    """Preferences go from -3 (response1) to 3 (response2); those of single annotators are votes."""
+    """Preferences go from -3 (response1) to 3 (response2); every annotator with a preference votes."""
     overall, people = record["overall_preference"], record["individual_preference"] or []
     if not isinstance(people, list) or not all(isinstance(person, dict) for person in people):
         raise BadData(f"'individual_preference' is {people!r:.50}, not a list of objects with 'score'")
@@ -195,7 +195,7 @@ def _helpsteer(record: dict) -> tuple:
 
 
 def _fields(item: dict) -> list:
-    """The values of FIELDS, None where there is none; UltraFeedback has its scores in two columns."""
+    """The values of the FIELDS, None for a missing one; UltraFeedback keeps its scores in two columns."""
     rated = [item.get("score_chosen"), item.get("score_rejected")]
     if rated != [None, None]:
         item = {"scores": rated, **item}
@@ -220,11 +220,11 @@ TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _text(name: str, value) -> Text:
-    """A string, or messages whose contents are strings (a content of text parts is joined); checked."""
+    """Check a string or a list of messages, and return it; content given as text parts becomes one string."""
     try:
         TO_JSON(value).encode()
     except UnicodeEncodeError:
-        raise BadData(f"{name!r} holds half of a surrogate pair (a \\ud... escape alone), which is no "
+        raise BadData(f"{name!r} holds half of a surrogate pair (a lone \\ud... escape), which is not a "
                       "character") from None
     if isinstance(value, str):
         return value
@@ -237,14 +237,15 @@ def _text(name: str, value) -> Text:
                                              and isinstance(part.get("text"), str) for part in content):
             content = "".join(part["text"] for part in content)
         if role not in ROLES or not isinstance(content, str):
-            raise BadData(f"{name!r}, message {number}: has the role {role!r} and as content {_kind(content)}, not one "
-                          f"of {', '.join(ROLES)} and a text (it has {', '.join(map(repr, message)) or 'nothing'})")
+            raise BadData(f"{name!r}, message {number}: has the role {role!r} and as content "
+                          f"{_kind(content)}; the role must be one of {', '.join(ROLES)}, the content a text "
+                          f"(it has {', '.join(map(repr, message)) or 'nothing'})")
         messages.append({key: x for key, x in message.items() if x is not None} | {"content": content})
     return messages
 
 
 def _arrange(prompt: Text | None, sides: list[Text]) -> tuple[str, Text, list[Text]]:
-    """The name of the form, the prompt, and the responses without it: all strings, or all messages."""
+    """The name of the form, the prompt, and the responses without it (all strings, or all messages)."""
     lists = {isinstance(side, list) for side in sides}
     if len(lists) == 2:
         raise BadData("'chosen' and 'rejected' differ in form: one is a string, one is a list of messages")
@@ -262,13 +263,13 @@ def _arrange(prompt: Text | None, sides: list[Text]) -> tuple[str, Text, list[Te
         prompt = [{"role": "user", "content": prompt}]
     asked, *answers = [", ".join(message["role"] for message in part) or "nothing" for part in (prompt, *sides)]
     if asked.endswith(("assistant", "nothing")) or not all(re.fullmatch("assistant(, .*)?", x) for x in answers):
-        raise BadData(f"splits into the prompt: {asked}; and the responses: {'; '.join(answers)}; but a prompt has "
-                      "messages, the last of them to be answered, and a response begins with one of the assistant")
+        raise BadData(f"splits into the prompt: {asked}; and the responses: {'; '.join(answers)}; but a "
+                      "prompt must end with a message to answer and a response must start with the assistant")
     return form, prompt, sides
 
 
 def _split_dialogues(sides: list[str]) -> tuple[str, list[str]]:
-    """Anthropic's form: both sides hold the dialogue; they must agree up to the last assistant turn."""
+    """Anthropic's form: both sides hold the whole dialogue and must agree up to the last assistant turn."""
     parts = [text.rpartition(TURN) for text in sides]              # (the dialogue so far, TURN, the response)
     if not all(turn for _, turn, _ in parts):
         raise BadData(f"has no 'prompt', and its responses are not dialogues with {TURN!r} either")
@@ -278,14 +279,14 @@ def _split_dialogues(sides: list[str]) -> tuple[str, list[str]]:
 
 
 def _kind(value) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), f"the number {value!r}")
 
 
 def decode_json(text: bytes, where: str = ""):
     def unique(items):
         if len(dict(items)) < len(items):
-            raise ValueError(f"a name stands twice among {', '.join(repr(name) for name, _ in items)}")
+            raise ValueError(f"a name appears twice among {', '.join(repr(name) for name, _ in items)}")
         return dict(items)
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)   # int refuses NaN
@@ -297,20 +298,19 @@ def decode_json(text: bytes, where: str = ""):
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Files, here or on the Hugging Face hub
 
-LONGEST = 1 << 22, 3 << 24     # bytes of a record, and of an array: tokens take 200 times the memory, lists 20 times
-DENSEST = 50                   # times its size, and a record, is what a .gz file may hold
+LONGEST = 1 << 22, 3 << 24     # max bytes: a record (its tokens take 200 times that), an array (its lists 20)
+DENSEST = 50                   # a .gz file may unpack to this many times its size, plus the longest record
 BOM = b"\xef\xbb\xbf"
 NUMBERS = {*FIELDS, "score_chosen", "score_rejected", "better_response_id", "labels", "score_A", "score_B",
-           "overall_preference"}                        # columns of CSV that hold no text
+           "overall_preference"}                        # CSV columns that hold JSON, not text
 REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 
 
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", text) of each line that is not blank, or of each item of an array, or row of a table, as JSON.
-    Raises BadData."""
+    """Yield ("file:line", JSON text) of each non-blank line, array item or table row.  Raises BadData."""
     path, number = fetch(name), 0
     if path.is_dir():
-        raise BadData(f"{name}: a folder; give its files, or of one by datasets' save_to_disk make one: "
+        raise BadData(f"{name}: a folder; give its files.  If datasets' save_to_disk wrote it, convert it: "
                       "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -323,7 +323,7 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
                 reader = _items
             for number, text in reader(name, file):
                 if len(text) > LONGEST[0]:
-                    raise BadData(f"{name}:{number}: longer than {LONGEST[0]:,} bytes; write one record a line")
+                    raise BadData(f"{name}:{number}: longer than {LONGEST[0]:,} bytes; put one record per line")
                 if text.strip():
                     yield f"{name}:{number}", text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -333,17 +333,17 @@ def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _lines(name, file, most: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line; with most, of all that is there.  What is too long is not read to its end."""
+    """(Number, content) of each line, or, given most, of the whole file.  Stops reading what is too long."""
     read, most = (file.read, most) if most else (file.readline, LONGEST[0])
     packed, size = isinstance(file, gzip.GzipFile), 0
     room = LONGEST[0] + DENSEST * os.fstat(file.fileno()).st_size
     for number, line in enumerate(iter(lambda: read(most + 1), b""), 1):
         size += len(line)
         if len(line) > most:
-            raise BadData(f"{name}:{number}: longer than {most:,} bytes; write one record a line")
+            raise BadData(f"{name}:{number}: longer than {most:,} bytes; put one record per line")
         if packed and size > room:
-            raise BadData(f"{name}:{number}: over {DENSEST} times the size of the gzip file; unpack it, if you "
-                          "trust it")
+            raise BadData(f"{name}:{number}: unpacks to over {DENSEST} times the size of the gzip file; if "
+                          "you trust it, unpack it yourself")
         yield number, line.removeprefix(BOM) if number == 1 else line
 
 
@@ -369,15 +369,15 @@ def _parquet_rows(name, file) -> Iterator[tuple[int, bytes]]:
 
 
 def _csv_rows(name, file) -> Iterator[tuple[int, bytes]]:
-    """By the header's names; what is not text there is written as in JSON."""
+    """Each row as a JSON object, keyed by the header; the columns NUMBERS hold their values as JSON."""
     csv.field_size_limit(LONGEST[0])
     rows = csv.DictReader((line.decode() for _, line in _lines(name, file)), strict=True)
     try:
         for row in rows:
             if None in row or None in row.values():
-                raise BadData(f"{name}:{rows.line_num}: has not as many fields as the header")
+                raise BadData(f"{name}:{rows.line_num}: does not have as many fields as the header")
             for key in row.keys() & NUMBERS:
-                with contextlib.suppress(BadData):      # what is no JSON, the record's checks refuse
+                with contextlib.suppress(BadData):      # not JSON: parse will refuse the text
                     row[key] = decode_json(row[key].encode()) if row[key] else None
             yield rows.line_num, json.dumps(row).encode()
     except (csv.Error, UnicodeError) as error:
@@ -385,7 +385,7 @@ def _csv_rows(name, file) -> Iterator[tuple[int, bytes]]:
 
 
 def fetch(name: str | Path) -> Path:
-    """Where a data file is; hf://datasets/owner/name[@revision]/path is first brought into the hub's cache."""
+    """The path of a data file; hf://datasets/owner/name[@revision]/path is downloaded to the hub's cache."""
     match = re.fullmatch(f"hf://datasets/{REPO}/(.+)", str(name))
     if str(name).startswith("hf:") and not match:
         raise BadData(f"{name}: not of the form hf://datasets/owner/name/path, or owner/name@revision/path")
@@ -393,7 +393,7 @@ def fetch(name: str | Path) -> Path:
 
 
 def find_model(name: str | Path) -> Path:
-    """A model's folder; owner/name[@revision] that is none is first brought into the hub's cache, without pickles."""
+    """A model's folder: a path, or owner/name[@revision], downloaded to the hub's cache without pickles."""
     match = re.fullmatch(REPO, str(name))
     return Path(name) if Path(name).exists() or not match else _download(
         match, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], ignore_patterns=["*/*"])
@@ -403,20 +403,20 @@ def _download(match: re.Match, **files) -> Path:
     try:
         import huggingface_hub
         return Path(huggingface_hub.snapshot_download(match[1], revision=match[2], **files))
-    except Exception as error:                          # of the network, the disk, the hub: all kinds
-        raise BadData(f"{match[0]}: not here, and not had from the Hugging Face hub ({type(error).__name__}: "
-                      f"{' '.join(str(error).split())[:400]})") from None
+    except Exception as error:                          # network, disk, hub: it can be anything
+        raise BadData(f"{match[0]}: not found here, and not fetched from the Hugging Face hub ("
+                      f"{type(error).__name__}: {' '.join(str(error).split())[:400]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Tokens
 
-RENDERING = 5.0, 1 << 30       # seconds and bytes that a chat template may take: it is a stranger's program
+RENDERING = 5.0, 1 << 30       # seconds and bytes that a chat template may use: its author is a stranger
 
 
 @contextlib.contextmanager
 def complaint(what: str):
-    """BadData in place of what the code of others raises, which can be anything: a panic in Rust is no Exception."""
+    """Turn whatever other people's code raises into BadData; a panic in Rust is not even an Exception."""
     try:
         yield
     except (BadData, KeyboardInterrupt):
@@ -427,8 +427,8 @@ def complaint(what: str):
 
 @contextlib.contextmanager
 def bounded(seconds: float, room: int):
-    """TimeoutError after so many seconds (in the main thread), MemoryError beyond so many bytes more (on Linux).
-    What no signal interrupts, such as == of lists in lists, ends the process after three times as many seconds."""
+    """TimeoutError after so many seconds (in the main thread), MemoryError past `room` more bytes (on Linux).
+    Code that no signal interrupts (== of nested lists) ends the process if it takes three times as long."""
     def late(*_):
         raise TimeoutError(f"still running after {seconds} seconds")
     with contextlib.ExitStack() as undo:
@@ -447,11 +447,11 @@ def bounded(seconds: float, room: int):
 
 
 def compile_template(source: str):
-    """A chat template in jinja2's sandbox, with what transformers gives to it."""
+    """A chat template in jinja2's sandbox, with the functions and settings that transformers gives it."""
     import jinja2.sandbox
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        def is_safe_attribute(self, obj, attr, value):  # of loops, which templates ask in each turn: the same, sooner
+        def is_safe_attribute(self, obj, attr, value):  # faster for `loop`, with the same answer
             loop = type(obj) is jinja2.runtime.LoopContext and not attr.startswith("_")
             return loop or super().is_safe_attribute(obj, attr, value)
 
@@ -460,9 +460,9 @@ def compile_template(source: str):
     world = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     world.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     world.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-    # {% generation %} marks what the assistant says: here a scope, no more.
+    # {% generation %} marks what the assistant says; here it becomes {% with %}, which is only a scope.
     template = world.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
-    template.globals = dict(template.globals)           # a chain of tables, which each rendering would copy slowly
+    template.globals = dict(template.globals)           # was a ChainMap, slow to copy at each rendering
     return template
 
 
@@ -478,7 +478,7 @@ def _settings(path: Path) -> dict:
 
 
 class Tokenizer:
-    """The tokenizer.json of a model folder and its chat template, with the one way we use them."""
+    """The tokenizer.json and the chat template of a model folder, always used in the same way."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
@@ -487,19 +487,19 @@ class Tokenizer:
         with complaint(f"{folder}: not a tokenizer"):
             content, settings = _read(folder / "tokenizer.json"), {}
             for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if "added_tokens_decoder" not in settings:          # older folders name their tokens in the last one
+                if "added_tokens_decoder" not in settings:          # older folders: tokens in the last file
                     settings |= {key: x for key, x in _settings(folder / name).items() if x is not None}
             self.backend = tokenizers.Tokenizer.from_buffer(content)
             self.backend.no_truncation()
             self.backend.no_padding()
             named = {key: token.get("content") if isinstance(token, dict) else token
                      for key, token in settings.items() if key.endswith("_token")}
-            self.tokens = {key: token for key, token in named.items() if isinstance(token, str)}  # names for templates
+            self.tokens = {key: token for key, token in named.items() if isinstance(token, str)}  # for templates
             own = folder / "chat_template.jinja"
             template = _read(own).decode() if own.is_file() else settings.get("chat_template")
             if isinstance(template, list):
                 template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
-            self.template = template                    # a string, once used compiled; None without
+            self.template = template                    # a string until compiled at first use, or None
             self.eos = self.backend.token_to_id(self.tokens.get("eos_token", ""))
             if self.eos is None:
                 ids = settings.get("eos_token_id")
@@ -511,21 +511,21 @@ class Tokenizer:
             self._try_out(folder)
 
     def _try_out(self, folder: Path) -> None:
-        """What this tokenizer does at the start of a text, and what behind its added tokens."""
+        """Find out how this tokenizer treats the start of a text, and the text after its added tokens."""
         letter, started = self._encode("a"), self.backend.encode("a").ids
         starts = [started[:i] for i in range(len(started)) if started[i:i + len(letter)] == letter]
         if not letter or not starts:
-            raise BadData(f"{folder}: its tokenizer makes {letter} of 'a', and with special tokens {started}")
+            raise BadData(f"{folder}: its tokenizer maps 'a' to {letter}, with special tokens to {started}")
         self.bos = starts[0]
-        # Some tokenizers put a space before every text; behind an anchor they do not.
+        # Some tokenizers put a space before every text, but not before what follows an anchor.
         self.anchor = "" if self.text(letter + self._encode("b")) == "ab" else "\n"
         decoder = self.backend.get_added_tokens_decoder()
         added = {i: token.content for i, token in decoder.items() if token.content.strip()}
-        self.ends = {self.eos, *added}                  # a turn of a chat ends with one
+        self.ends = {self.eos, *added}                  # one of these ends a turn of a chat
         marks, tails = sorted(added.values(), key=len, reverse=True), ("", "a", "\na")
         found = zip(marks, *(self._encode_all([mark + tail for mark in marks]) for tail in tails))
         anew = [mark for mark, alone, *more in found if more == [alone + self._encode(tail) for tail in tails[1:]]]
-        self.mark = re.compile("|".join(map(re.escape, anew)) or "(?!)")       # behind these encoding starts anew
+        self.mark = re.compile("|".join(map(re.escape, anew)) or "(?!)")     # encoding restarts after these
         self._lead = functools.lru_cache(64)(self._encode)
         self._blank = functools.lru_cache(64)(lambda *ids: not self.text(ids).strip())
 
@@ -534,7 +534,7 @@ class Tokenizer:
             return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode(self, text: str) -> list[int]:
-        text.encode()                                               # a clear ValueError unless it is UTF-8
+        text.encode()                                               # a lone surrogate raises ValueError here
         return self._encode_all([text])[0]
 
     def text(self, ids) -> str:
@@ -542,8 +542,8 @@ class Tokenizer:
             return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def render(self, chat: list[dict], answer: bool) -> str:
-        """The text of a chat as transformers renders it; answer: with the beginning of the assistant's turn.  A message
-        that spells a special token becomes that token, as in transformers.  Raises BadData."""
+        """The text of a chat as transformers renders it; answer: with the start of the assistant's turn.  A
+        special token that a message spells out becomes that token, as in transformers.  Raises BadData."""
         with complaint("the chat template fails"), bounded(*RENDERING):
             return self._render(chat, answer)
 
@@ -559,12 +559,12 @@ class Tokenizer:
         return text
 
     def prompt(self, text: Text) -> list[int]:
-        """Ids of a string, with the token that starts a text; or of a chat, with the beginning of the assistant's
-        turn, where the template alone decides on a token that starts it."""
+        """Ids of a string, with the tokens that start a text; or of a chat, with the start of the assistant's
+        turn (whether a chat begins with a start token is left to the template)."""
         return self._start(self._encode(text)) if isinstance(text, str) else self._encode(self.render(text, True))
 
     def response(self, text: str) -> list[int]:
-        """Ids of a text that continues another one, and the end token (once)."""
+        """Ids of a text that continues another one, followed by the end token, exactly once."""
         return self._end(self._continue(text))
 
     def _continue(self, text: str) -> list[int]:
@@ -577,17 +577,17 @@ class Tokenizer:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def pairs(self, records: list[Record], thread: ThreadPoolExecutor) -> Callable[[], list[tuple | BadData]]:
-        """Begin with records -> a function that waits for each one's prompt, chosen and rejected ids; BadData in their
-        place unless they decode to the record's text: exactly to a string; to a rendered chat but for white space,
-        which some special tokens take in.  All chats are rendered within one limit, and the thread encodes all texts at
-        once; if a record prevents that, each is done alone."""
+        """Start encoding records -> a function that waits for each one's ids (prompt, chosen, rejected), or
+        BadData.  Ids must decode to the record's text: exactly for strings; for chats up to white space, as
+        some special tokens absorb it.  All chats are rendered within one time limit, and the thread encodes
+        all texts in one call; if a record makes that fail, each is done alone."""
         def alone(error):
             if len(records) > 1:
                 return [self.pairs([record], thread)()[0] for record in records]
-            if "TimeoutError" in str(error):                        # it is not tried again
+            if "TimeoutError" in str(error):                        # the template is not run again
                 self.template = "{{ raise_exception('it takes too long') }}"
             return [BadData(f"{error!s:.500}")]
-        thread.submit(bool).result()                    # it has done all else: its memory is not the template's
+        thread.submit(bool).result()                    # wait: its memory must not count as the template's
         try:
             with complaint("the chat template fails"), bounded(*RENDERING):
                 texts = [self._spell(record) for record in records]
@@ -605,8 +605,8 @@ class Tokenizer:
         return finish
 
     def _spell(self, record: Record) -> list[str]:
-        """The prompt, a lead, and what each response adds to the prompt.  A response is encoded behind the lead, whose
-        ids are then taken away: the anchor, or in a chat what follows the prompt's last added token."""
+        """The prompt, a lead, and the text that each response adds.  A response is encoded after the lead
+        (the anchor, or in a chat what follows the prompt's last added token), whose ids are then removed."""
         sides = [side for side in (record.chosen, record.rejected) if side]
         if isinstance(record.prompt, str):
             return [record.prompt, self.anchor, *sides]
@@ -615,15 +615,15 @@ class Tokenizer:
         for whole in wholes:
             if start and not (whole.startswith(start) and whole[len(start):].strip()):
                 at = max(0, next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(whole)) - 20)
-                raise BadData("the chat template is not prefix-stable: the prompt alone has "
-                              f"{start[at:at + 50]!r:.150}, where with a response behind it there is "
+                raise BadData("the chat template is not prefix-stable: where the prompt alone has "
+                              f"{start[at:at + 50]!r:.150}, the prompt with a response has "
                               f"{whole[at:at + 50]!r:.150}")
         return [start, self.mark.split(start)[-1], *(whole[len(start):] for whole in wholes)]
 
     def _ids(self, record: Record, texts: list[str], encoded: list[list[int]]) -> tuple:
-        """The ids of a record, if they decode to its texts, with the tokens that start and end a text.  A chat's are
-        those that transformers makes of the whole, if they begin with the prompt's; its turn ends with its last added
-        token (<|im_end|>, </s>), if only white space follows that."""
+        """The ids of a record, with the tokens that start and end a text; BadData if they decode to another.
+        A chat's ids are those that transformers makes of the whole chat, if these begin with the prompt's.
+        Its response ends with the last added token (<|im_end|>, </s>) if only white space follows that."""
         (start, lead, *answers), (prompt, *sides) = texts, encoded
         chat = isinstance(record.prompt, list)
         if not prompt and (chat or not self.bos):
@@ -654,7 +654,7 @@ class Tokenizer:
 class Pair(NamedTuple):
     prompt: np.ndarray           # int32 token ids
     chosen: np.ndarray           # ends with the end token
-    rejected: np.ndarray         # empty where there is none (sft)
+    rejected: np.ndarray         # empty if the record has none (sft)
     dispersion: float | None
     where: str                   # file:line
     votes: list[int] | None = None
@@ -662,23 +662,23 @@ class Pair(NamedTuple):
     rewards: list[float] | None = None
 
     def cost(self) -> int:
-        """Tokens in a row: the prompt once, each response without its last token, from which nothing is predicted."""
+        """Tokens in a row: the prompt once, each response without its last token, which predicts nothing."""
         return len(self.prompt) + sum(max(0, len(ids) - 1) for ids in (self.chosen, self.rejected))
 
     def digest(self) -> bytes:
-        """16 bytes that name the token ids."""
+        """A hash of the token ids, 16 bytes."""
         parts = [ids.astype("<i4").tobytes() for ids in (self.prompt, self.chosen, self.rejected)]
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()[:16]
 
 
 def sampled_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
-    """As many tokens of each response as the shorter one has, drawn at random: bool masks of chosen and rejected."""
+    """Bool masks of chosen and rejected: of each, as many random tokens as the shorter response has."""
     sides, rng = (pair.chosen, pair.rejected), np.random.default_rng(seed)
     return [rng.permutation(len(ids)) < min(map(len, sides)) for ids in sides]
 
 
 def differing_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
-    """The tokens that the other response has not, by difflib's longest matching blocks."""
+    """Bool masks: the tokens that the other response lacks, by difflib's longest matching blocks."""
     masks = [np.ones(len(ids), dtype=bool) for ids in (pair.chosen, pair.rejected)]
     matcher = difflib.SequenceMatcher(None, pair.chosen.tolist(), pair.rejected.tolist(), autojunk=False)
     for start, other, size in matcher.get_matching_blocks():
@@ -687,7 +687,7 @@ def differing_tokens(pair: Pair, seed: list[int]) -> list[np.ndarray]:
     return masks
 
 
-# Which tokens each of mallowspo.TOKEN_WEIGHTS is about.
+# The tokens to which each of mallowspo.TOKEN_WEIGHTS applies.
 TOKEN_MASKS = {"decay": lambda pair, seed: [np.ones(len(ids), dtype=bool) for ids in (pair.chosen, pair.rejected)],
                "sample": sampled_tokens, "difference": differing_tokens}
 
@@ -696,7 +696,7 @@ class Dataset(NamedTuple):
     pairs: list[Pair]
     cut: int                     # pairs whose prompt was cut
     dropped: int                 # pairs that do not fit
-    bad: int                     # records passed over with skip_bad
+    bad: int                     # records skipped with skip_bad
     ties: int = 0                # records without a preference
     forms: tuple[str, ...] = ()
 
@@ -709,7 +709,7 @@ class Dataset(NamedTuple):
 
 
 def read_columns(words: list[str] | None) -> dict[str, str]:
-    """What --columns says, our name -> theirs.  Raises BadData."""
+    """The words after --columns -> {our name: theirs}.  Raises BadData."""
     columns = dict(word.partition("=")[::2] for word in words or ())
     for ours, theirs in columns.items():
         if ours not in ("prompt", "chosen", "rejected", *FIELDS) or not theirs:
@@ -719,14 +719,14 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
 
 
 def read_records(names, need_rejected: bool, columns: dict[str, str] | None) -> Iterator[tuple]:
-    """(file:line, Record or what is wrong with it); if a file is bad, (None, BadData) at the end."""
+    """Yield (file:line, Record or the BadData it raised); if a file cannot be read, (None, BadData) last."""
     try:
         for where, line in itertools.chain.from_iterable(map(read_lines, names)):
             try:
                 record = parse(decode_json(line), need_rejected, columns)
             except NoPreference as error:
                 record = error
-            except (BadData, RecursionError) as error:              # the latter from thousands of brackets
+            except (BadData, RecursionError) as error:              # RecursionError: thousands of brackets
                 record = BadData(f"{error!s:.500}")
             yield where, record
     except BadData as error:
@@ -735,8 +735,8 @@ def read_records(names, need_rejected: bool, columns: dict[str, str] | None) -> 
 
 def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
                columns: dict[str, str] | None = None) -> Iterator[tuple]:
-    """(file:line, Record, (prompt, chosen, rejected)) of each record, the latter as ids, without a tokenizer as texts;
-    of a bad one (file:line, BadData, None).  names: of one file, or a list.  Raises BadData if a file is bad."""
+    """Yield (file:line, Record, (prompt, chosen, rejected)), the last as ids, without a tokenizer as texts;
+    or (file:line, BadData, None).  names: one file or a list.  Raises BadData if a file cannot be read."""
     records = read_records([names] if isinstance(names, str | Path) else names, need_rejected, columns)
 
     def begin(block):
@@ -745,7 +745,7 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
             return block, lambda: [tuple(map(plain, record[:3])) for record in good]
         return block, tokenizer.pairs(good, thread)
 
-    with ThreadPoolExecutor(1) as thread:               # encodes a block while the one before it is checked
+    with ThreadPoolExecutor(1) as thread:               # encodes a block while the previous one is checked
         blocks = map(begin, iter(lambda: list(itertools.islice(records, 64)), []))
         for (block, finish), _ in itertools.pairwise(itertools.chain(blocks, [None])):
             found = iter(finish())
@@ -757,7 +757,7 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
 
 
 def truncate_prompt(ids, bos: list[int], max_tokens: int) -> list[int] | None:
-    """The prompt of (prompt, chosen, rejected), cut from the left as far as it must be; None if that is not enough."""
+    """The prompt of (prompt, chosen, rejected), cut from the left if need be; None if it cannot fit."""
     prompt, room = ids[0], max_tokens - max(len(ids[1]), len(ids[2]))
     if room < len(bos) + 1:
         return None
@@ -770,10 +770,10 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
                columns: tuple[str, ...] | None = None, watch: Callable = iter) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
-    max_tokens bounds prompt + response; `needed` are fields that every record must have ("votes", for example); columns
-    as read_columns takes them; watch sees every record as it comes.
-    Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the share
-    max_dropped of the pairs does not fit, and if nothing is left.
+    max_tokens bounds prompt + response; every record must have the fields `needed` (for example "votes");
+    columns is what read_columns takes; watch wraps the iterator over the records, to report progress.
+    Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the
+    share max_dropped of the pairs do not fit, and if no pair is left.
     """
     names = [names] if isinstance(names, str | Path) else names
     pairs, dropped, forms, tally = [], [], {}, Counter()
@@ -792,23 +792,24 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
             if missing := [name for name in needed if getattr(record, name) is None]:
                 raise BadData(f"{where}: no {missing[0]!r}; this method or --dispersion needs it in every record")
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
-        raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}, nor do those of "
-                      f"{len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise it, or --max-dropped")
+        raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}; the same holds "
+                      f"for {len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise "
+                      "--max-tokens or --max-dropped")
     if not pairs:
         skipped = f" ({tally[BadData]:,} bad records skipped)" if tally[BadData] else ""
         raise BadData(f"{', '.join(map(str, names))}: no pairs in it{skipped}")
     return Dataset(pairs, tally["cut"], len(dropped), tally[BadData], tally[NoPreference], tuple(forms))
 
 
-PAIRS_RULES = 1                # to be raised whenever the same records would give other pairs
+PAIRS_RULES = 1                # increase it when new code makes other pairs from the same records
 
 
 def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tokenizer: Tokenizer,
                  *settings) -> Dataset:
-    """load_pairs(names, tokenizer, *settings), from the file `path` if that was made of the same; else that is written
-    by write(path, save), where save(path) does it.  The last of the settings is `watch`, which changes nothing."""
+    """load_pairs(names, tokenizer, *settings), from the file `path` if that was made of the same input; else
+    write(path, save) writes it by calling save(path).  The last setting is `watch`, which changes no pair."""
     files, contents = [fetch(name) for name in names], []
-    if not all(file.is_file() for file in files):      # nothing there, or a pipe, which can be read once
+    if not all(file.is_file() for file in files):      # missing, or a pipe, which can be read only once
         return load_pairs(list(names), tokenizer, *settings)
     for file in files:
         with open(file, "rb") as stream:
@@ -830,7 +831,7 @@ def checksum(tensors: dict[str, np.ndarray]) -> str:
 
 
 def write_dataset(dataset: Dataset, key: str, path: Path) -> None:
-    """As safetensors: what read_dataset takes for these pairs if it has the same key, and every bit is as it was."""
+    """Write a safetensors file that read_dataset accepts if the key is the same and no bit has changed."""
     ids = [part for pair in dataset.pairs for part in pair[:3]]
     facts = [dataset[1:], *(pair[3:] for pair in dataset.pairs)]
     tensors = {"ids": np.concatenate(ids), "lengths": np.array([len(part) for part in ids], dtype=np.int64),
@@ -839,13 +840,13 @@ def write_dataset(dataset: Dataset, key: str, path: Path) -> None:
 
 
 def read_dataset(path: Path, key: str) -> Dataset | None:
-    """What write_dataset wrote, its ids as views of the mapped file; None: nothing, or of another key, or damaged."""
+    """What write_dataset wrote, ids as views of the mapped file; None: missing, damaged or of another key."""
     try:
-        with safe_open(path, "pt") as file:             # its tensors are views of the file, numpy's would be copies
+        with safe_open(path, "pt") as file:             # "pt" gives views of the file; "np", copies
             tensors = {name: file.get_tensor(name).numpy() for name in ("ids", "lengths", "facts")}
             if file.metadata() != {"key": key, "sha256": checksum(tensors)}:
                 return None
-    except (OSError, SafetensorError, TypeError):       # TypeError: numbers of a kind that numpy has not
+    except (OSError, SafetensorError, TypeError):       # TypeError: dtypes that numpy lacks
         return None
     (*counts, forms), *facts = json.loads(tensors["facts"].tobytes())
     ids = iter(np.split(tensors["ids"], tensors["lengths"].cumsum()[:-1]))
@@ -853,7 +854,7 @@ def read_dataset(path: Path, key: str) -> Dataset | None:
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs held out: so many of them, or if below 1 this share.  Raises BadData."""
+    """Pairs to train on, and held-out ones: share is how many or, below 1, what fraction.  Raises BadData."""
     count = math.ceil(share * len(pairs)) if share < 1 else int(share)
     if count >= len(pairs):
         raise BadData(f"--eval-pairs {share:g} leaves none of the {len(pairs)} pairs to train on")
@@ -871,7 +872,7 @@ class Schedule:
     def __init__(self, costs: list[int], batch_size: int, seed: int, tokens_per_row: int):
         self.costs, self.batch_size, self.seed, self.tokens_per_row = costs, batch_size, seed, tokens_per_row
         self.steps_per_epoch = math.ceil(len(costs) / batch_size)
-        self._order = None, None                              # of the epoch asked for last
+        self._order = None, None                              # (epoch, permutation) of the last call
 
     def batch(self, step: int) -> list[int]:
         """Indices of the pairs of this step, over all ranks."""
@@ -881,7 +882,7 @@ class Schedule:
         return self._order[1][place * self.batch_size:(place + 1) * self.batch_size].tolist()
 
     def all_rows(self, step: int, ranks: int) -> list[list[int]]:
-        """All ranks' rows of the step: those of rank r are [r::ranks]; each has equally many, some may be empty."""
+        """The rows of all ranks; rank r takes [r::ranks].  All get equally many; some may be empty."""
         return pack(self.batch(step), self.costs, self.tokens_per_row, ranks)
 
     def rows(self, step: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
@@ -890,8 +891,8 @@ class Schedule:
 
 
 def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -> list[list[int]]:
-    """Deal pairs into the fewest rows, a multiple of `multiple`, of at most `budget` tokens: the longest first, each
-    into the emptiest row, so that rows (and ranks) are even."""
+    """Deal pairs into the fewest rows of at most `budget` tokens, in number a multiple of `multiple`: longest
+    pairs first, each into the emptiest row, so that rows (and ranks) get about equally many tokens."""
     fewest = max(1, math.ceil(sum(costs[i] for i in indices) / (budget * multiple)))
     for count in itertools.count(fewest * multiple, multiple):
         rows, load = [[] for _ in range(count)], [0] * count
@@ -905,22 +906,22 @@ def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -
 
 @dataclass
 class Split:
-    """The training pairs or the held-out ones, and all that the loss wants to know of them."""
+    """The training pairs or the held-out ones, and all that the loss needs to know about them."""
     pairs: list[Pair]
     schedule: Schedule
-    steps: int                   # of the schedule that are run
+    steps: int                   # how many steps of the schedule are run
     ref_logp: Tensor             # (P, 2) the reference's log-probability of both responses, nats
     index: Tensor                # (P,) dispersion index, or the phi of the record; nan: not visited
-    weight: Tensor               # (P,) of the prompt in the loss
-    start_logp: Tensor           # (P, 2) of the policy before step 1; ref_logp, unless there are several references
+    weight: Tensor               # (P,) weight of the prompt in the loss
+    start_logp: Tensor           # (P, 2) the policy's before step 1; ref_logp unless that is a mix of several
     advantage: Tensor            # (P, 2) see mallowspo.advantages
     ref_tokens: dict[int, np.ndarray]       # per-token ref_logp of each pair, chosen then rejected
 
     @classmethod
     def plan(cls, pairs: list[Pair], batch_size: int, seed: int, tokens_per_row: int | None, default: int,
              device: torch.device) -> "Split":
-        """Lay out one epoch; without tokens_per_row, rows take the default, or more if a pair does.  Raises BadData if
-        a pair is longer than a row may be."""
+        """Plan one epoch.  Without tokens_per_row, rows hold `default` tokens, or as many as the longest pair
+        has if that is more.  Raises BadData if a pair is longer than tokens_per_row."""
         costs = [pair.cost() for pair in pairs]
         longest = max(range(len(pairs)), key=costs.__getitem__)
         budget = tokens_per_row or max(costs[longest], default)
@@ -933,11 +934,11 @@ class Split:
                    torch.ones(len(pairs), device=device), zeros, advantage, {})
 
     def first_epoch(self) -> range:
-        """The steps that visit each pair that is ever visited."""
+        """The steps of the first epoch, which visit every pair that the run visits."""
         return range(min(self.steps, self.schedule.steps_per_epoch))
 
     def visited(self) -> list[int]:
-        """The pairs that the steps visit, in order."""
+        """Indices of the pairs that the steps visit, in ascending order."""
         return sorted(i for step in self.first_epoch() for i in self.schedule.batch(step))
 
     def digest(self) -> str:
@@ -946,9 +947,8 @@ class Split:
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def sum_scores(self, scores: dict) -> tuple[Tensor, Tensor]:
-        """(P, 2) sums of the log-probabilities and (P, 2) means of the entropies over each response, nan where a pair
-        is not visited.  scores: digest of a pair -> (logp, entropy), arrays over the tokens of chosen, then rejected.
-        """
+        """(P, 2) sums of log-probabilities, (P, 2) mean entropies of each response; not visited: 0 and nan.
+        scores: digest of a pair -> (logp, entropy), arrays over the tokens of chosen, then rejected."""
         logp, entropy = np.zeros((len(self.pairs), 2)), np.full((len(self.pairs), 2), np.nan)
         for i in self.visited():
             pair = self.pairs[i]
@@ -960,7 +960,7 @@ class Split:
         return torch.from_numpy(logp), torch.from_numpy(entropy)
 
     def set_reference(self, scores: dict, vocab_size: int, tokens: bool = False) -> None:
-        """Take over what the reference said of the pairs that are visited, if asked of each of their tokens."""
+        """Store the reference's scores of the pairs that are visited; with `tokens`, of each token too."""
         logp, entropy = self.sum_scores(scores)
         self.ref_logp = self.start_logp = logp.to(self.ref_logp)                                      # (P, 2)
         self.index = mallowspo.dispersion_index(entropy, vocab_size).float()                          # (P,)
@@ -968,8 +968,8 @@ class Split:
             self.ref_tokens = {i: scores[self.pairs[i].digest()].logp for i in self.visited()}
 
     def token_inputs(self, kind: str, indices: list[int], step: int) -> tuple[Tensor, Tensor]:
-        """For the scored tokens of these pairs, in the order of a row: (N,) the reference's log-probability, and (N,)
-        the mask of this kind of token weights, in which what is random follows from (seed, step, pair) alone."""
+        """For the scored tokens of these pairs, in the order of a row: (N,) the reference's log-probability
+        and (N,) the mask for this kind of token weights; random draws depend only on (seed, step, pair)."""
         logp, masks = [np.empty(0, dtype=np.float32)], [np.empty(0, dtype=bool)]        # a row may have no pairs
         for i in indices:
             logp.append(self.ref_tokens[i])
@@ -983,17 +983,17 @@ class PackedRow(NamedTuple):
     tokens: Tensor               # (1, T)
     positions: Tensor            # (1, T) every response continues the prompt's positions
     segments: Tensor             # (1, T) see model.visible
-    source: Tensor               # (N,) where in T the prediction of scored token n stands
+    source: Tensor               # (N,) index in T of the output that predicts scored token n
     target: Tensor               # (N,) id of scored token n
     owner: Tensor                # (N,) the response it belongs to: group * R + response
-    place: Tensor                # (N,) where in its response it stands, from 0
+    place: Tensor                # (N,) its place in the response, from 0
     length: Tensor               # (P, R) scored tokens of each response
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self[:5]
 
     def sum_by_response(self, values: Tensor) -> Tensor:
-        """(N,) values of scored tokens -> (P, R) sums over each response, added up in float64: in any order alike."""
+        """(N,) values of scored tokens -> (P, R) sums per response; float64 makes their order irrelevant."""
         zeros = torch.zeros(self.length.numel(), dtype=torch.float64, device=values.device)
         return zeros.index_add(0, self.owner, values.double()).view(self.length.shape).to(values.dtype)
 
@@ -1001,7 +1001,7 @@ class PackedRow(NamedTuple):
 def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | torch.device = "cpu") -> PackedRow:
     """Lay groups (prompt, response, response, ...), all with equally many responses, side by side in one row.  A
     segment id is group * branches + branch, as model.visible reads it (branches: model.BRANCHES); branch 0 is the
-    prompt.  Raises ValueError if a group has more responses than that leaves room for."""
+    prompt.  Raises ValueError if a group has more than branches - 1 responses."""
     if any(len(group) > branches for group in groups):
         raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
     filled = groups or [([0], [], [])]                                    # a row with nothing scored: one lone token
@@ -1023,7 +1023,7 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
 
 
 def to_device(values, device: str | torch.device, dtype: torch.dtype | None = torch.int64) -> Tensor:
-    """Numbers as a tensor of this type (None: their own) on the device; the program goes on while a GPU fetches them,
+    """Numbers as a tensor of this dtype (None: their own) on the device.  A copy to a GPU is asynchronous,
     from pinned memory."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
@@ -1034,9 +1034,9 @@ def to_device(values, device: str | torch.device, dtype: torch.dtype | None = to
 
 def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, examples: int,
             columns: dict[str, str] | None = None) -> bool:
-    """Print what is in files of records, all of them read, and some pairs -> whether nothing is wrong with them."""
+    """Read all records of the files; print what is in them and some pairs -> True if nothing is wrong."""
     bad, pairs, lengths, shown = [], [], [], []
-    tally = Counter()                                              # of forms, of fields, and of what rows are about
+    tally = Counter()                                              # of forms, of fields, and for `rows` below
     for name in names:
         try:
             for where, record, ids in read_pairs(name, tokenizer, columns=columns):
@@ -1070,7 +1070,7 @@ def examine(names: list[str], tokenizer: Tokenizer | None, max_tokens: int, exam
             (tally["dropped"], "pairs are dropped: a response does not fit", tally["dropped"] > 0.1 * len(pairs)),
             (len(pairs) - len(prompts), "pairs have the prompt of an earlier one", False),
             (len(pairs) - len(known), "pairs repeat an earlier one exactly", False),
-            (opposed, "pairs are contradicted: the same two responses stand there the other way round, too", opposed),
+            (opposed, "pairs are contradicted by a pair with chosen and rejected swapped", opposed),
             (same, "records have identical responses", same),
             (tally["tie"], "records have no preference: skipped", False),
             (len(bad), "records are bad", bad)]
@@ -1091,7 +1091,7 @@ def print_lengths(lengths: np.ndarray, spaces: int, unit: str) -> None:
     for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
         print(f"{name:<17}" + "".join(f"{x:>8,.0f}" for x in np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95, 1])))
     longer = np.sign(lengths[:, 1] - lengths[:, 2]).mean() / 2 + 0.5
-    print(f"\n{longer:>9.1%}  of the pairs: the chosen response is the longer one (ties count half)\n"
+    print(f"\n{longer:>9.1%}  of the pairs: the chosen response is longer (a tie counts half)\n"
           f"{spaces / (2 * len(lengths)):>9.1%}  of the responses start with a space")
 
 
@@ -1110,8 +1110,8 @@ def main():
     parser.add_argument("files", nargs="+", help="JSON Lines, a JSON array or CSV, plain or .gz; Parquet; or "
                                                  "hf://datasets/...")
     parser.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="prompt=question chosen=good ...")
-    parser.add_argument("--model", help="folder with tokenizer.json, or the hub's owner/name; without, no tokens")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest prompt + response")
+    parser.add_argument("--model", help="folder with tokenizer.json, or owner/name (hub); else no tokens")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="most tokens of prompt + response")
     parser.add_argument("--show", type=int, default=2, help="how many pairs to print")
     args = parser.parse_args()
     try:

@@ -473,14 +473,15 @@ def test_arrays_and_several_files(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("name, content, words", [
     ("f.jsonl", b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}',
-     "f.jsonl:1: not JSON (a name stands twice among 'prompt', 'prompt'"),
+     "f.jsonl:1: not JSON (a name appears twice among 'prompt', 'prompt'"),
     ("f.jsonl", b'{"prompt": "a", "chosen": "c", "rejected": "d", "x": NaN}', "f.jsonl:1: not JSON"),
     ("f.jsonl", b'{"prompt": "a", "chosen": "c", "rejected": "d", "x": [-Infinity]}', "'-Infinity'"),
     ("f.jsonl", b'{"prompt": "a", "chosen": "c", "rejected": "d", "x": ' + b"9" * 5000 + b"}", "f.jsonl:1: not JSON"),
     ("f.json", b'[{"prompt": "a"}, ', "f.json:1: not JSON"), ("f.json", b"[" * 100_000, "f.json:1: not JSON"),
     ("f.json", b"[] []", "f.json:1: not JSON"), ("f.json", b"[]", "no pairs"),
     ("f.json", b"[\xff]", "f.json:1: not UTF-8"),
-    ("f.parquet", b"PAR1", "Parquet"), ("f.csv", b"prompt,chosen,rejected\na,b\n", "f.csv:2: has not as many fields"),
+    ("f.parquet", b"PAR1", "Parquet"),
+    ("f.csv", b"prompt,chosen,rejected\na,b\n", "f.csv:2: does not have as many fields"),
     ("f.csv", b'prompt,chosen,rejected,votes\na,b,c,"[2"\n', "f.csv:2: 'votes' is '[2'"),
 ])
 def test_files_that_are_no_records(tmp_path, tokenizer, name, content, words):
@@ -853,7 +854,7 @@ def test_long_fields_of_csv(tokenizer, tmp_path):
     tracemalloc.stop()
     rows = (b"a,b," + b"c" * 10 ** 5 + b"\n") * 99
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" + rows))
-    with pytest.raises(BadData, match=r"rows.csv.gz:\d+: over 50 times the size of the gzip file"):
+    with pytest.raises(BadData, match=r"rows.csv.gz:\d+: unpacks to over 50 times the size of the gzip file"):
         list(read_lines(tmp_path / "rows.csv.gz"))
 
 

@@ -186,7 +186,7 @@ def test_files_that_are_no_tokenizer(make_model, tmp_path, content):
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
 @pytest.mark.parametrize("content, words", [
-    (b"[" * 10 ** 6, "not JSON"), (b'{"a": NaN}', "not JSON"), (b'{"a": 1, "a": 2}', "a name stands twice"),
+    (b"[" * 10 ** 6, "not JSON"), (b'{"a": NaN}', "not JSON"), (b'{"a": 1, "a": 2}', "a name appears twice"),
     (b"\xff", "not UTF-8"), (b'{"eos_token": "\\ud800", "eos_token_id": "0"}', "token"),
     (b'{"eos_token": ["a"], "eos_token_id": {"a": 1}}', "no end token"), (b'{"eos_token_id": [-1, 0]}', "no end token"),
     (b'{"eos_token_id": 1e30}', "no end token"), (b'{"eos_token_id": true}', "no end token")])
