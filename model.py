@@ -1,8 +1,8 @@
 """One transformer that reads and writes Hugging Face checkpoints, scores responses, and generates text.
 
-A new family is a row of FAMILIES (and a column of NAMES, if it has its own), an unsupported setting of config.json
-a row of ONLY.  Training makes one call, model(tokens, positions, segments, source, target): it returns the
-log-probabilities of the response tokens alone, and never holds the logits of a whole batch.
+To add a family, add a row to FAMILIES (and a column to NAMES if its names are new); to refuse a setting of
+config.json, add it to ONLY.  Training makes one call, model(tokens, positions, segments, source, target): it
+returns the log-probabilities of the response tokens alone, and never holds all logits of a large batch.
 
     python model.py DIR -p "The capital of France is"          continue a text; --chat: answer a message
 """
@@ -36,7 +36,7 @@ def check(good: bool, message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. Families: config.json of each -> one Config; how each names its weights
+# 1. Families: the config.json of each family -> Config, and how the family names its weights
 
 @dataclass(frozen=True)
 class Config:
@@ -47,19 +47,19 @@ class Config:
     kv_heads: int                   # fewer than heads: grouped-query attention
     head_dim: int
     hidden: int                     # width inside the MLP
-    positions: int                  # longest sequence that it takes
+    positions: int                  # longest sequence that the model accepts
     activation: str
     eps: float
-    tied: bool                      # the head is the embedding
+    tied: bool                      # the output head and the embedding are one matrix
     rms: bool = False               # RMSNorm instead of LayerNorm
     gated: bool = False             # act(gate) * up instead of act(up)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    rope: dict | None = None        # settings of rotary positions; None: learned ones
-    rotary: int = 0                 # leading coordinates of a head that turn with the position
-    qk_norm: bool = False           # RMSNorm of each head of q and k
-    parallel: bool = False          # the MLP reads what attention reads, not what it gives
+    rope: dict | None = None        # settings of rotary positions; None: learned positions
+    rotary: int = 0                 # how many leading coordinates of each head are rotated
+    qk_norm: bool = False           # RMSNorm on each head of q and k
+    parallel: bool = False          # the MLP reads the block's input, not x + attention
 
 
 def gpt2_config(c: dict) -> Config:
@@ -71,7 +71,7 @@ def gpt2_config(c: dict) -> Config:
 
 
 def llama_config(c: dict) -> Config:
-    """Where some layers see no further back than a window, texts are no longer than it: so it never cuts."""
+    """If layers have a sliding window, texts may be no longer than that window: so it never hides a token."""
     heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     rope = {"rope_theta": 10000.0, "original_max_position_embeddings": c.get("max_position_embeddings"), **c}
@@ -81,7 +81,7 @@ def llama_config(c: dict) -> Config:
     longest, layer_types = c.get("max_position_embeddings", 2048), c.get("layer_types") or []
     window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     known = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
-    check(set(layer_types) <= known, f"asks for layer_types={layer_types!r:.300} with a window of {window}")
+    check(set(layer_types) <= known, f"cannot use layer_types={layer_types!r:.300} with a window of {window}")
     return Config(vocab_size=c["vocab_size"], dim=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
                   kv_heads=c.get("num_key_value_heads") or heads, head_dim=head_dim, hidden=c["intermediate_size"],
                   positions=longest if window is None else min(longest, window), activation=c.get("hidden_act", "silu"),
@@ -98,8 +98,8 @@ def neox_config(c: dict) -> Config:
 
 
 def llama3_frequencies(f: Tensor, rope: dict) -> Tensor:
-    """Llama 3.1: slow rotations are slowed by `factor`, fast ones kept, those between blended (transformers' rule)."""
-    turns = rope["original_max_position_embeddings"] * f / (2 * torch.pi)     # over the length first trained on
+    """Llama 3.1, as in transformers: divide low frequencies by `factor`, keep high ones, blend the rest."""
+    turns = rope["original_max_position_embeddings"] * f / (2 * torch.pi)   # over the original context length
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * f + (1 - keep) * f / rope["factor"]
@@ -107,15 +107,15 @@ def llama3_frequencies(f: Tensor, rope: dict) -> Tensor:
 
 class Family(NamedTuple):
     config: Callable[[dict], Config]
-    column: int = 2                     # of NAMES: Llama's, as that of most families
-    prefix: str = "model."              # of those names; old files leave it out
-    head: str = "lm_head"               # the head's name
-    transposed: tuple[str, ...] = ()    # how the names of matrices end that are stored (in, out)
-    by_head: tuple[str, ...] = ()       # of those stacked as q, k, v of head 0, q, k, v of head 1, and so on
-    buffers: tuple[str, ...] = ()       # of tensors that are not parameters: kept as they are
+    column: int = 2                     # column of NAMES; most families use Llama's
+    prefix: str = "model."              # of those names; some old files omit it
+    head: str = "lm_head"               # name of the output head
+    transposed: tuple[str, ...] = ()    # name endings of matrices that are stored as (in, out)
+    by_head: tuple[str, ...] = ()       # of tensors stacked by head: q, k, v of head 0, then of head 1, ...
+    buffers: tuple[str, ...] = ()       # of tensors that are not parameters: saved unchanged
 
     def parts(self, layers: int) -> dict[str, list[str]]:
-        """Their name of each tensor that a model of so many layers can have: our parameters stacked in it."""
+        """Each tensor name that a model of so many layers can have -> our parameters stacked in it."""
         names = {ours: self.prefix + theirs[self.column] for ours, theirs in NAMES.items() if theirs[self.column]}
         parts = {}
         for ours, theirs in {**names, "head": self.head}.items():
@@ -125,7 +125,7 @@ class Family(NamedTuple):
         return parts
 
 
-NAMES = {                               # our module: its name in GPT-2, GPT-NeoX, Llama; those of one name are stacked
+NAMES = {                               # our module: name in GPT-2, GPT-NeoX, Llama; equal names: stacked
     "embed": ("wte", "embed_in", "embed_tokens"),
     "position": ("wpe", None, None),
     "blocks.{}.norm1": ("h.{}.ln_1", "layers.{}.input_layernorm", "layers.{}.input_layernorm"),
@@ -141,7 +141,7 @@ NAMES = {                               # our module: its name in GPT-2, GPT-Neo
     "blocks.{}.down": ("h.{}.mlp.c_proj", "layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
     "norm": ("ln_f", "final_layer_norm", "norm"),
 }
-FAMILIES = {                            # model_type of config.json
+FAMILIES = {                            # key: model_type in config.json
     "gpt2": Family(gpt2_config, 0, "transformer.", buffers=(".attn.bias", ".attn.masked_bias"),
                    transposed=(".c_attn.weight", ".c_proj.weight", ".c_fc.weight")),
     "gpt_neox": Family(neox_config, 1, "gpt_neox.", head="embed_out",
@@ -152,9 +152,9 @@ FAMILIES = {                            # model_type of config.json
     "qwen2": Family(lambda c: replace(llama_config(c), qkv_bias=True, out_bias=False)),
     "qwen3": Family(lambda c: replace(llama_config({"head_dim": 128, **c}), qk_norm=True)),
 }
-ONLY = {                                # settings of config.json of which only this value is supported
+ONLY = {  # settings of config.json: the only supported value (full_attention, sliding_attention: of RoPE)
     "every": {"quantization_config": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-              "add_cross_attention": False, "full_attention": None, "sliding_attention": None},  # (the last of RoPE)
+              "add_cross_attention": False, "full_attention": None, "sliding_attention": None},
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     "llama": {"partial_rotary_factor": 1, "sliding_window": None, "use_sliding_window": False, "layer_types": None},
     "mistral": {"partial_rotary_factor": 1, "layer_types": None, "attention_bias": False, "mlp_bias": False},
@@ -166,31 +166,31 @@ ONLY = {                                # settings of config.json of which only 
 # ---------------------------------------------------------------------------------------------------------------
 # 2. The transformer
 
-TILE = 512         # queries per call of attention on a CPU
-BLOCK = 128        # queries, and keys, that flex_attention skips or takes together
-CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits at a time: what a core's cache holds, what fills a GPU
-KEPT = 2 ** 26     # logits that are kept for the backward pass
-LIKELIEST = 256    # tokens in which the drawn one nearly always is: they are sorted, not all
-BRANCHES = 16      # segment id = group * BRANCHES + branch, branch 0 is the prompt; an argument of data.collate
+TILE = 512         # most queries per attention call on a CPU
+BLOCK = 128        # side of the square blocks of scores (queries, keys) that flex_attention computes or skips
+CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 24}      # logits per slice: fits a core's cache; fills a GPU
+KEPT = 2 ** 26     # at most so many logits are kept for the backward pass
+LIKELIEST = 256    # so many of the likeliest tokens are sorted; all of them only if top_p needs more
+BRANCHES = 16      # segment id = group * BRANCHES + branch; branch 0: the prompt.  Passed to data.collate
 TARGETS = ("q", "k", "v", "out", "gate", "up", "down")      # the projections of a block that LoRA may update
 TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_fast": TANH, "gelu_pytorch_tanh": TANH,
                "relu": F.relu, "silu": F.silu}
 ROPE_SCALING = {"default": lambda f, rope: f, "linear": lambda f, rope: f / rope["factor"],
                 "llama3": llama3_frequencies}
-torch.backends.cuda.enable_cudnn_sdp(False)    # it builds code for each length of a row, and for each new token
+torch.backends.cuda.enable_cudnn_sdp(False)    # cuDNN builds a kernel per row length and per generated token
 
 
 def visible(query: Tensor, key: Tensor) -> Tensor:
-    """Which earlier tokens a token sees, by segment ids: its own branch, and the prompt of its own group."""
+    """Whether a query sees an earlier key, by segment ids: same branch, or the prompt of the same group."""
     return (query == key) | ((query // BRANCHES == key // BRANCHES) & (key % BRANCHES == 0))
 
 
 def attention_tiles(segments: Tensor, new: int, dtype: torch.dtype = torch.float32) -> list[tuple[int, slice, Tensor]]:
-    """What the last `new` tokens see, by the (B, S) segment ids of all.
-    A tile is: how many queries come next, the keys among which they see any, and the mask to add to their scores,
-    (B, 1, queries, keys), -inf for what is not seen.  A GPU takes a row whole; a CPU by groups, short ones together,
-    long ones TILE queries at a time: it computes none between neighbours, nor to what is yet to come."""
+    """Tiles of attention for the last `new` tokens, from the (B, S) segment ids of all tokens.
+    A tile is: how many queries it has, the slice of keys they may see, and the mask to add to their scores,
+    (B, 1, queries, keys), -inf for hidden keys.  A GPU gets one tile.  On a CPU, tiles end between groups
+    (short groups share one) and after TILE queries: so no scores with later keys or other tiles' groups."""
     total, cuts, size = segments.size(1), [0], new
     if segments.device.type == "cpu":
         size, group = TILE, segments // BRANCHES
@@ -202,22 +202,22 @@ def attention_tiles(segments: Tensor, new: int, dtype: torch.dtype = torch.float
         for at in range(max(start, total - new), stop, size):
             end = min(at + size, stop)
             seen = visible(segments[:, at:end, None], segments[:, None, start:end]).tril(at - start)
-            width = -(-(end - start) // 8) * 8                       # rounded up: a GPU copies masks of other widths
+            width = -(-(end - start) // 8) * 8                       # multiple of 8: a GPU copies other masks
             mask = torch.zeros(*seen.shape[:2], width, dtype=dtype, device=seen.device)[..., :end - start]
             tiles.append((end - at, slice(start, end), mask.masked_fill_(~seen, -torch.inf)[:, None]))
     return tiles
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gqa: bool = False) -> Tensor:
-    """Attention of q, (B, H, T, D), to k and v, (B, KV, S, D), tile by tile; without tiles to all earlier tokens."""
-    if enable_gqa and q.device.type != "cpu":                        # else most GPUs make all scores at once
+    """Attention of q (B, H, T, D) to k, v (B, KV, S, D) by tiles; without tiles, to all earlier tokens."""
+    if enable_gqa and q.device.type != "cpu":                        # else most GPUs hold all scores at once
         groups, enable_gqa = q.size(1) // k.size(1), False
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if tiles is None:                                                # one new token sees all that is cached
+    if tiles is None:                                                # a single new token sees all cached ones
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=enable_gqa)
     counts, spans, masks = zip(*tiles)
     lengths = [mask.size(-1) for mask in masks]
-    beside = spans[0].start == 0 and sum(lengths) == k.size(2)       # splits have the cheaper backward
+    beside = spans[0].start == 0 and sum(lengths) == k.size(2)       # split: a cheaper backward than slices
     keys, values = (x.split(lengths, 2) if beside else [x[:, :, span] for span in spans] for x in (k, v))
     y = [F.scaled_dot_product_attention(*each, is_causal=False, enable_gqa=enable_gqa)
          for each in zip(q.split(counts, 2), keys, values, masks)]
@@ -225,14 +225,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: list | None = None, enable_gq
 
 
 def attention_blocks(segments: Tensor) -> BlockMask:
-    """What all tokens see, for flex_attention: it skips blocks of scores of which none is seen, and asks `seen` about
-    those of which not all are.  Found by the ends of each block: the (B, S) segment ids must rise along the row."""
+    """The mask for flex_attention: it skips blocks that are wholly hidden and calls `seen` in mixed ones.
+    A block is judged by its first and last segment ids, so these (B, S) must never decrease along a row."""
     segments, total = segments.int(), segments.size(1)
 
     def seen(b, _, q, k):
         return visible(segments[b, q], segments[b, k]) & (k <= q)
 
-    def listed(blocks):                                              # how many keys' (B, 1, N), and which (B, 1, N, N)
+    def listed(blocks):              # per query block: how many key blocks (B, 1, N), and which (B, 1, N, N)
         which = blocks.int().argsort(dim=-1, descending=True, stable=True)
         return blocks.sum(-1)[:, None].int(), which[:, None].int()
 
@@ -246,7 +246,7 @@ def attention_blocks(segments: Tensor) -> BlockMask:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions; the halves of what turns are the two coordinates (Hugging Face's layout)."""
+    """Apply rotary positions: coordinates i and i + R/2 are rotated as a pair (Hugging Face's layout)."""
     half = cos.size(-1)                                              # R/2
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)             # (B, H, T, R/2), the same, D - R
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
@@ -275,7 +275,7 @@ class Block(nn.Module):
             k, v = cache                                             # (B, KV, S, D)
         y = attend(q, k, v, enable_gqa=self.c.kv_heads != self.c.heads)           # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)                             # (B, T, H*D)
-        if source is not None:                                       # of the last block only these are asked for
+        if source is not None:                                       # the last block: only these are needed
             x, y = (each.flatten(0, 1).index_select(0, source)[None] for each in (x, y))     # (1, N, C or H*D)
         return self.after(x, y)                                      # (B, T, C)
 
@@ -283,7 +283,7 @@ class Block(nn.Module):
         x = self.norm1(x)                                            # (B, T, C)
         q, k, v = (project(x).unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)
                    for project in (self.q, self.k, self.v))          # (B, H, T, D), k and v (B, KV, T, D)
-        if self.q_norm is not None:                                  # in float32 under autocast, as other norms
+        if self.q_norm is not None:                                  # float32 in autocast, like other norms
             q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -296,9 +296,9 @@ class Block(nn.Module):
 
 
 class Head(torch.autograd.Function):
-    """Log-probability of each scored token, and the entropy there (which carries no gradient), `width` words of the
-    vocabulary at a time.  The backward pass makes the logits again, but for the first KEPT of them, and writes each
-    weight's gradient once, in place: no more than these and a slice of the logits is ever in memory."""
+    """Log-probability of each scored token, and entropy of its prediction (no gradient), by slices of `width`
+    vocabulary entries.  The backward pass recomputes all logits but the first KEPT, and writes each weight's
+    gradient once, in place: memory never holds more logits than those KEPT and one slice."""
 
     @staticmethod
     def forward(ctx, x, weight, target, width, entropy):             # (N, C), (V, C), (N,)
@@ -315,7 +315,7 @@ class Head(torch.autograd.Function):
                 torch.sum(logits.mul_(p), -1, out=inside[i])
             if (i + 1) * width * len(x) <= most:
                 ctx.kept.append(p)
-        log_z = (top + mass.log()).double().logsumexp(0)             # (N,) sums of sums are few: in float64
+        log_z = (top + mass.log()).double().logsumexp(0)             # (N,) few numbers: float64 costs little
         lead = log_z - top                                           # (S, N)
         entropies = None
         if entropy:
@@ -330,9 +330,9 @@ class Head(torch.autograd.Function):
         x, weight, target, log_z, tops = ctx.saved_tensors
         up = up[:, None]                                             # (N, 1)
         down = x * -up                                               # (N, C)
-        dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), sums of many slices: in float32
+        dx = torch.zeros_like(x, dtype=log_z.dtype)                  # (N, C), a sum over slices: in float32
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        kept, ctx.kept = ctx.kept[::-1], []                          # each is freed after its use
+        kept, ctx.kept = ctx.kept[::-1], []                          # each is freed once it is used
         for at, top in zip(range(0, len(weight), ctx.width), tops[:, :, None]):              # (N, 1)
             w = weight[at:at + ctx.width]                            # (width, C)
             p = kept.pop() if kept else F.linear(x, w).to(log_z.dtype).sub_(top).exp_()
@@ -347,8 +347,8 @@ class Head(torch.autograd.Function):
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, and the table for its second use, the tied head; both gradients go into one table.  Autograd
-    makes two: at 128,256 words 14 to 17 % more memory at the peak (tests/bench.py), at 32,000 the same."""
+    """Look up rows of a table, and pass the table on as the tied head: both gradients go into one tensor.
+    Autograd makes two: 14 to 17 % more peak memory at vocabulary 128,256 (tests/bench.py), none at 32,000."""
 
     @staticmethod
     def forward(ctx, table, ids):
@@ -361,15 +361,15 @@ class Lookup(torch.autograd.Function):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.  There is no dropout: the reference is the policy before step 1, exactly."""
+    """A decoder-only language model without dropout: before step 1 the policy is exactly the reference."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.checkpointed = False                                    # keep of a block only what goes in
+        self.checkpointed = False                                    # True: keep only the inputs of blocks
         self.compiled, self.flex = False, None                       # see compile_blocks
 
-        def table(*size):                                            # (drawing on the meta device takes a second)
+        def table(*size):                                            # (initialising on meta takes a second)
             empty = torch.empty(size)
             return nn.Embedding.from_pretrained(empty, freeze=False) if empty.is_meta else nn.Embedding(*size)
         self.embed = table(config.vocab_size, config.dim)
@@ -382,10 +382,10 @@ class Transformer(nn.Module):
 
     def hidden(self, x: Tensor, positions: Tensor, segments: Tensor | None = None, cache: Tensor | None = None,
                source: Tensor | None = None) -> Tensor:
-        """(B, T, C) embeddings of tokens -> (B, T, C), or (1, N, C) of those at `source` (N,) alone.  positions and
-        segments, (B, S), are also those of the tokens before them, whose keys and values the cache has, with room for
-        more, (layers, 2, B, KV, room, D).  Without segments all is one text."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums of many layers: not in half precision
+        """(B, T, C) token embeddings -> (B, T, C) hidden states, or (1, N, C): only those at `source` (N,).
+        positions and segments (B, S) include earlier tokens, whose keys and values the cache holds, with room
+        for more: (layers, 2, B, KV, room, D).  Without segments each row is one text."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))        # sums over layers: not in half precision
         at = positions[:, -x.size(1):]                               # (B, T)
         rope = None if self.config.rope is None else self._rotations(at)        # cos and sin, (B, 1, T, R/2)
         if self.position is not None:
@@ -404,21 +404,21 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def compile_blocks(self) -> None:
-        """Compile blocks, one code for all of them, and on a GPU flex_attention.  RuntimeError where torch cannot."""
+        """Compile blocks (one code for all) and, on a GPU, flex_attention.  RuntimeError if torch cannot."""
         device = self.embed.weight.device
-        torch.compile(torch.square)(torch.ones(2, device=device))   # what is missing is missed here
+        torch.compile(torch.square)(torch.ones(2, device=device))   # a missing compiler raises here
         self.compiled = True
-        torch._dynamo.config.optimize_ddp = False                   # graphs are parts of blocks: no need to cut
-        torch._dynamo.config.recompile_limit = 32                   # for rows of tens and of thousands of tokens
-        if device.type == "cuda" and self.config.head_dim >= 16:    # (its least)
+        torch._dynamo.config.optimize_ddp = False                   # graphs are parts of blocks: do not split
+        torch._dynamo.config.recompile_limit = 32                   # rows have tens to thousands of tokens
+        if device.type == "cuda" and self.config.head_dim >= 16:    # (its minimum)
             flex = torch.compile(flex_attention, dynamic=True)
-            self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})     # (another is for texts below 128)
+            self.flex = partial(flex, kernel_options={"BACKEND": "TRITON"})  # also for rows below 128 tokens
         for block in self.blocks:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
 
     def precision(self, device: torch.device) -> torch.dtype:
-        """What matrices are multiplied in."""
+        """The dtype of matrix products: that of autocast, or else that of the weights."""
         autocast = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else self.embed.weight.dtype
 
@@ -436,7 +436,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor, source: Tensor, target: Tensor,
                 entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(N,) float32 log-probability of each scored token and, if asked for, the (N,) entropy in nats there.
+        """(N,) float32 log-probability of each scored token; with `entropy`, also (N,) entropies in nats.
         tokens, positions, segments: (B, T), see data.collate.  Scored token i is target[i] (N,); it is predicted
         from the hidden state at source[i] (N,), an index into the B*T tokens."""
         if self.config.tied:
@@ -444,33 +444,34 @@ class Transformer(nn.Module):
         else:
             x, weight = self.embed(tokens), self.head.weight
         x = self.hidden(x, positions, segments, source=source).squeeze(0)                            # (N, C)
-        width = CHUNK[tokens.device.type] // (64 * max(1, len(target))) * 64         # words per slice, aligned
+        width = CHUNK[tokens.device.type] // (64 * max(1, len(target))) * 64  # vocabulary per slice, aligned
         if not torch.is_grad_enabled():
             weight = weight.detach()                                 # else Head would keep logits
         dtype = self.precision(tokens.device)
         return Head.apply(x.to(dtype), weight.to(dtype), target, max(256, width), entropy)
 
     def predict(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, cache: Tensor) -> Tensor:
-        """(B, V) logits of what follows the last tokens; arguments as of `hidden`."""
+        """(B, V) logits of the token after each row of tokens (B, T); other arguments as in `hidden`."""
         return self.head(self.hidden(self.embed(tokens), positions, segments, cache)[:, -1])
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
                  stop: tuple[int, ...] = (), generators: list[torch.Generator] | None = None) -> Iterator[list]:
-        """Yield a token id for every prompt, again and again; None from a token of `stop` or the last position on.
-        temperature 0: greedy.  A prompt has a token at least, and its own generator.  Raises BadModel: out of range."""
+        """Yield lists: each prompt's next token id, None once it has met a `stop` token or the last position.
+        temperature 0: greedy.  Each prompt needs at least one token and a generator of its own.
+        Raises BadModel if a number is out of range."""
         check(max_new_tokens >= 0 and temperature >= 0 and top_p > 0,
               f"cannot sample {max_new_tokens} tokens with temperature {temperature} and top_p {top_p}")
         c, device = self.config, self.embed.weight.device
         end, longest = c.positions, max(map(len, prompts))
-        lengths, going = [len(ids) for ids in prompts], list(range(len(prompts)))        # of whom there is more to come
+        lengths, going = [len(ids) for ids in prompts], list(range(len(prompts)))        # unfinished prompts
         cache = torch.empty(c.layers, 2, len(prompts), c.kv_heads, longest + min(max_new_tokens, end), c.head_dim,
                             dtype=self.precision(device), device=device)
         pad = torch.tensor([[longest - n] for n in lengths], device=device)                          # (B, 1)
         new = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)     # (B, T)
-        for step in range(max_new_tokens):                           # the prompts, then a token at a time
-            at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; the padding is below 0
-            segments = (at < 0) * BRANCHES if min(lengths) < longest else None      # padding: another group
+        for step in range(max_new_tokens):                           # first the prompts, then token by token
+            at = torch.arange(longest + step, device=device) - pad   # (B, S) positions; negative: padding
+            segments = (at < 0) * BRANCHES if min(lengths) < longest else None      # padding: its own group
             logits = self.predict(new, at.clamp(0, end - 1), segments, cache).float()                # (B, V)
             drawn = sample(logits, temperature, top_p, generators and [generators[i] for i in going])
             found = {i: token for i, token in zip(going, drawn) if token not in stop and lengths[i] + step < end}
@@ -478,14 +479,14 @@ class Transformer(nn.Module):
                 return
             yield [found.get(i) for i in range(len(prompts))]
             rows = torch.tensor([row for row, i in enumerate(going) if i in found], device=device)
-            if len(rows) < len(going):                               # who has finished is computed no longer
+            if len(rows) < len(going):                               # drop the rows of finished prompts
                 pad, cache = pad[rows], cache[:, :, rows]
                 going = list(found)
             new = torch.tensor([[token] for token in found.values()], device=device)
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:
-        """A parameter by its name, on the CPU and put together, with its update of low rank."""
+        """The whole parameter of this name, on the CPU, with its low-rank update added."""
         module, weight = self.get_submodule(name.rpartition(".")[0]), to_cpu(self.get_parameter(name))
         if isinstance(module, LowRank) and name.endswith(".weight"):
             weight = weight.float() + module.scale * to_cpu(module.B) @ to_cpu(module.A)
@@ -493,10 +494,10 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_config(cls, settings: dict, files: dict[str, bytes] | None = None) -> "Transformer":
-        """A model with random weights (normal, 0.02) from the contents of a config.json, to be saved with `files`."""
+        """A model with random weights (normal, std 0.02) for this config.json, to be saved with `files`."""
         family, config = read_config(settings, "config")
         model, parts = cls(config), family.parts(config.layers)
-        own = dict(model.named_parameters())                         # (no tied head)
+        own = dict(model.named_parameters())                         # (a tied head is not listed)
         for name, parameter in own.items():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -511,7 +512,7 @@ class Transformer(nn.Module):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32, shard: Callable | None = None) -> "Transformer":
         """Read a Hugging Face folder (config.json, safetensors); matrices become `dtype`, the rest float32.
-        shard(model) may share the parameters of the still empty model out over ranks (FSDP2's fully_shard).
+        shard(model) may shard the parameters over ranks before they are read (FSDP2's fully_shard).
         Raises BadModel, naming the file or tensor: unknown family, pickles, missing or misshapen tensors."""
         folder = Path(folder)
         origin, config = read_folder(folder)
@@ -530,9 +531,9 @@ class Transformer(nn.Module):
                 continue
             ours = origin.parts.get(name, ["none"])
             check(ours[0] in places, f"{folder}: tensor {name!r:.300} {tuple(tensor.shape)} has no place in this model "
-                                     f"of {config.layers} layers; is config.json that of another one?")
+                                     f"of {config.layers} layers; is config.json another model's?")
             check(tensor.is_floating_point() and tensor.itemsize > 1,
-                  f"{folder}: tensor {name!r} is of {tensor.dtype}, quantised weights are not supported")
+                  f"{folder}: tensor {name!r} is of {tensor.dtype}; quantised weights are not supported")
             sizes = [places[p].shape[0] for p in ours]
             shape, transposed = (sum(sizes), *places[ours[0]].shape[1:]), name.endswith(origin.family.transposed)
             shape = shape[::-1] if transposed else shape
@@ -545,7 +546,7 @@ class Transformer(nn.Module):
                 part = part.to(device, dtype if part.dim() > 1 else torch.float32)
                 part = to_shard(part.contiguous(), places[p])
                 check(p not in have or torch.equal(have[p], part),
-                      f"{folder}: tensor {name!r} differs from another of the same place, such as that of a tied head")
+                      f"{folder}: tensor {name!r} differs from another for the same place (a tied head?)")
                 have[p] = part
         missing = sorted(places.keys() - have.keys())
         check(not missing, f"{folder}: no tensor for {len(missing)} weights, such as {', '.join(missing[:3])}")
@@ -555,7 +556,7 @@ class Transformer(nn.Module):
         return model
 
     def to_hf(self, name: str) -> Tensor:
-        """A tensor of the folder by the name it has there."""
+        """The current weights as the tensor of this name in the folder, in its layout and dtype there."""
         origin = self.origin
         if name in origin.buffers:
             return origin.buffers[name]
@@ -568,8 +569,8 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that from_pretrained read, with these weights: same files, names, shapes, dtypes.
-        Everything is written beside its place, forced to the disk, then renamed: no file is ever half written.
-        Ranks that share the weights out must all ask for each of origin.tensors as `to_hf`, in their order."""
+        Files are written in .saving, flushed to disk, then moved into place: no file is ever half written.
+        If weights are sharded, the other ranks must call to_hf for each of origin.tensors, in that order."""
         folder, origin = Path(folder), self.origin
         staging = folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
@@ -577,7 +578,7 @@ class Transformer(nn.Module):
         for file in dict.fromkeys(file for file, _ in origin.tensors.values()):
             tensors = {name: self.to_hf(name) for name, (where, _) in origin.tensors.items() if where == file}
             save_file(tensors, staging / file, metadata={"format": "pt"})
-            (staging / file).chmod(0o644)                            # safetensors makes it for its owner only
+            (staging / file).chmod(0o644)                            # only its owner could read it otherwise
         for name, content in origin.files.items():
             (staging / name).write_bytes(content)
         for path in staging.iterdir():
@@ -588,7 +589,7 @@ class Transformer(nn.Module):
 
     @property
     def stop_tokens(self) -> list[int]:
-        """The ends of a text that generation_config.json and config.json name."""
+        """The ids of end-of-text tokens that generation_config.json and config.json name."""
         files = [json.loads(self.origin.files.get(f"{name}.json", b"{}")) for name in ("generation_config", "config")]
         ends = [file.get("eos_token_id") for file in files]
         found = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
@@ -596,50 +597,50 @@ class Transformer(nn.Module):
 
     @property
     def notes(self) -> list[str]:
-        """What config.json asks for and training goes without; whoever trains should say it."""
+        """Requests of the configuration that this model ignores or restricts; a trainer should print them."""
         settings, longest = json.loads(self.origin.files["config.json"]), self.config.positions
-        notes = [f"config.json asks for {key}={settings[key]!r:.80}: there is no dropout here, it is 0"
+        notes = [f"config.json asks for {key}={settings[key]!r:.80}: ignored, as this model has no dropout"
                  for key in DROPOUTS if settings.get(key)]
-        notes += [f"eos_token_id {token} is not one of the model's {self.config.vocab_size:,} tokens: passed over"
+        notes += [f"eos_token_id {token} is not one of the model's {self.config.vocab_size:,} tokens: ignored"
                   for token in self.stop_tokens if token not in range(self.config.vocab_size)]
         if settings.get("max_position_embeddings", longest) > longest:
-            notes.append(f"its attention has a window: texts have at most its {longest:,} tokens")
+            notes.append(f"its attention has a window: texts are limited to its {longest:,} tokens")
         return notes
 
 
 def to_shard(tensor: Tensor, place: Tensor) -> Tensor:
-    """The tensor, or this rank's share of it if `place` is shared out."""
+    """The tensor, or this rank's shard of it if the parameter `place` is sharded."""
     if not hasattr(place, "placements"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor  # half a second, for those who need it
+    from torch.distributed.tensor import distribute_tensor  # takes half a second, so only if needed
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, put together if ranks share it out; all of them must ask."""
+    """The tensor on the CPU.  A sharded tensor is gathered, so all ranks must make this call."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 
 
 def take_turns(stacked: Tensor, outer: int, inner: int) -> Tensor:
-    """Rows that lie as (outer, inner, D) -> as (inner, outer, D); with the sizes exchanged, back again."""
+    """Reorder rows from (outer, inner, D) to (inner, outer, D); swap the sizes to undo it."""
     return stacked.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def fsync(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, is on the disk and not only on its way there."""
-    number = os.open(path, os.O_RDONLY)                              # (open() takes no folders)
+    """Flush a file's content, or a folder's list of names, to the disk; return when it is there."""
+    number = os.open(path, os.O_RDONLY)                              # (open() cannot open a folder)
     os.fsync(number)
     os.close(number)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator] | None) -> list[int]:
-    """A token id from each row of (B, V) logits; top_p keeps the fewest likeliest tokens whose probabilities reach it.
-    A row takes one random number of its own generator, and nothing of it depends on the other rows."""
+    """A token id for each row of (B, V) logits, drawn from the fewest likeliest tokens that reach top_p.
+    Each row uses one random number from its own generator, so its token does not depend on the other rows."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     drawn, chances = [], (logits / temperature).softmax(-1)                                  # (B, V)
     points = torch.stack([torch.rand(1, generator=generators and generators[row]) for row in range(len(chances))])
-    if top_p >= 1:                                                   # all are kept: their order does not matter
+    if top_p >= 1:                                                   # all tokens are kept: no need to sort
         reach = chances.cumsum(-1)
         places = torch.searchsorted(reach, points.to(reach.device) * reach[:, -1:])          # (B, 1)
         return places.clamp(max=chances.size(1) - 1).flatten().tolist()
@@ -649,7 +650,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
         if some.sum() < top_p:
             some, names = row.sort(descending=True)
         reach = some.cumsum(0)
-        reach = reach[:int((reach - some < top_p).sum())]            # (kept,) the running sum of those that are kept
+        reach = reach[:int((reach - some < top_p).sum())]            # (kept,) running sum of the kept ones
         drawn.append(int(names[torch.searchsorted(reach, point * reach[-1]).clamp(max=len(reach) - 1)]))
     return drawn
 
@@ -658,8 +659,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
 # 3. LoRA: train a small update beside frozen weights
 
 class LowRank(nn.Linear):
-    """A frozen projection and a trained update of low rank:  W x + (alpha / rank) B A x  (arXiv 2106.09685).
-    B starts at 0, so that the model is at first the one that was loaded, to the last bit."""
+    """A frozen projection plus a trained low-rank update:  W x + (alpha / rank) B A x  (arXiv 2106.09685).
+    B starts at 0, so that at first the model computes exactly what the loaded one does, to the last bit."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
@@ -673,7 +674,7 @@ class LowRank(nn.Linear):
 
 
 def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> None:
-    """Freeze the model and put an update of this rank beside each block's projections of these names."""
+    """Freeze the model and add an update of this rank to each block's projections named in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for block in model.blocks:
@@ -684,8 +685,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ..
 
 def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
     """Write the updates as PEFT does: adapter_model.safetensors and adapter_config.json; `base` names the model.
-    Where a family stacks several of our projections, its update has the sum of their ranks: A is stacked, and each B
-    has its own rows and columns."""
+    Where a family stacks projections in one matrix, A is stacked, B is block-diagonal, and ranks add up."""
     folder, family, modules = Path(folder), model.origin.family, dict(model.named_modules())
     tensors, ranks = {}, {}
     for name, ours in family.parts(model.config.layers).items():
@@ -713,59 +713,59 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. Folders: reading and checking what a stranger wrote
+# 4. Folders: reading and checking files that may come from strangers
 
 class Origin(NamedTuple):
-    """What a folder held besides the numbers, so that saving can give it back."""
+    """What a folder held besides the weights, kept so that saving can restore it."""
     family: Family
-    files: dict[str, bytes]                       # config, tokenizer, index: copied as they are
+    files: dict[str, bytes]                       # config, tokenizer, index: copied unchanged
     tensors: dict[str, tuple[str, torch.dtype]]   # name: (file, dtype)
     buffers: dict[str, Tensor]                    # tensors that are not parameters
     parts: dict[str, list[str]]                   # name: our parameters that are stacked in it
 
 
-FILES = (".json", ".jinja", ".model", ".txt")     # endings of the files beside the weights that belong to a model
-LONGEST = 1 << 26                                 # bytes of such a file
+FILES = (".json", ".jinja", ".model", ".txt")     # suffixes of the files of a model that are not weights
+LONGEST = 1 << 26                                 # most bytes of such a file
 WHOLE = ("a model is a folder with config.json, *.safetensors and tokenizer.json; an adapter alone is not a model: "
-         "give one that it is merged into (train.py --merge writes it)")
+         "give one that it is merged into (train.py --merge writes such a model)")
 DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
 LARGEST = {"layers": 1 << 10, "positions": 1 << 40, **dict.fromkeys(
     ("vocab_size", "dim", "heads", "kv_heads", "head_dim", "hidden"), 1 << 20)}
 
 
 def read_config(settings: dict, where: str) -> tuple[Family, Config]:
-    """Raises BadModel that names the setting that is unknown, not supported, or not a size."""
+    """Check config.json.  Raises BadModel, naming the setting that is unknown, unsupported or not a size."""
     kind = settings.get("model_type")
-    try:                                                             # transformers 5 writes the last, 4 the others
+    try:                                     # transformers 5 writes rope_parameters, 4 the other places
         c = {**settings, **(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
         for key, only in {**ONLY["every"], **ONLY.get(kind, {})}.items():
-            value = c.get(key, only)                                 # (null, false and 0 ask for the same)
+            value = c.get(key, only)                                 # (null, false and 0 mean the same)
             check((value or None) == (only or None),
                   f"asks for {key}={value!r:.80}, which is not supported for {kind!r} models")
         check(kind in FAMILIES, f"model_type {kind!r} is not one of those supported ({', '.join(FAMILIES)})")
         config = FAMILIES[kind].config(c)
-        if config.rope is not None:                                  # fails here if a number is missing or is text
+        if config.rope is not None:                                  # raises if a number is missing or text
             ROPE_SCALING[config.rope["rope_type"]](config.rope["rope_theta"] ** -torch.ones(1), config.rope)
         for name, most in LARGEST.items():
             value = getattr(config, name)
             check(type(value) is int and 0 < value <= most,
-                  f"a {kind} model needs a number from 1 to {most:,} for its {name}, found {value!r:.80}")
+                  f"a {kind} model needs an integer from 1 to {most:,} for its {name}, found {value!r:.80}")
         check(config.heads % config.kv_heads == 0, f"{config.heads} heads cannot share {config.kv_heads} for keys")
         check(config.rope is None or (config.rotary % 2 == 0 and 0 < config.rotary <= config.head_dim),
-              f"{config.rotary} of {config.head_dim} coordinates cannot turn in pairs")
+              f"{config.rotary} of {config.head_dim} coordinates of a head cannot be rotated in pairs")
         check(config.activation in ACTIVATIONS,
               f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     except BadModel as error:
         raise BadModel(f"{where}: {error!s:.500}") from None
-    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:       # the last from torch
-        raise BadModel(f"{where}: this {kind!r:.80} model lacks a number that fits ({error!s:.300})") from None
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch's
+        raise BadModel(f"{where}: this {kind!r:.80} model lacks a valid setting ({error!s:.300})") from None
     return FAMILIES[kind], config
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.  Raises BadModel if it is too long, or not one."""
+    """Read the object in a JSON file.  Raises BadModel if the file is too long or holds no object."""
     def unique(items):
-        check(len(dict(items)) == len(items), "a name stands twice in an object")
+        check(len(dict(items)) == len(items), "a name appears twice in an object")
         return dict(items)
     try:
         check(path.stat().st_size <= LONGEST, f"longer than {LONGEST:,} bytes")
@@ -777,15 +777,15 @@ def read_json(path: Path) -> dict:
 
 
 def read_folder(folder: Path) -> tuple[Origin, Config]:
-    """What is in a Hugging Face folder besides its tensors."""
+    """Read everything in a Hugging Face folder except the tensors."""
     check((folder / "config.json").is_file(), f"{folder}: no config.json there, or no such folder; {WHOLE}")
     family, config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     parts = family.parts(config.layers)
-    if config.tied:                                                  # some files have the table under both names
+    if config.tied:                                                  # some files store it under both names
         parts[f"{family.head}.weight"] = ["embed.weight"]
-    parts |= {name.removeprefix(family.prefix): ours for name, ours in parts.items()}        # the first GPT-2's
+    parts |= {name.removeprefix(family.prefix): ours for name, ours in parts.items()}  # as in the first GPT-2
     origin, home = Origin(family, {}, {}, {}, parts), folder.resolve()
-    if home.parent.name == "snapshots":                              # links in the hub's cache
+    if home.parent.name == "snapshots":                              # hub cache: links to ../../blobs
         home = home.parents[1]
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in (*FILES, ".safetensors"):
@@ -799,7 +799,7 @@ def read_folder(folder: Path) -> tuple[Origin, Config]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
-    """(file, name, tensor) of all that the model's safetensors files hold."""
+    """Yield (file, name, tensor) for every tensor in the model's safetensors files."""
     index, there = folder / "model.safetensors.index.json", [path.name for path in folder.iterdir() if path.is_file()]
     files = ["model.safetensors"]
     if files[0] not in there:
@@ -821,14 +821,14 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def main():
-    from data import Tokenizer  # only the command line reads text; to the model all is token ids
+    from data import Tokenizer  # only the command line reads text; the model itself sees token ids
     parser = argparse.ArgumentParser(description="Continue a text, or answer a message.", allow_abbrev=False)
     parser.add_argument("folder", help="Hugging Face folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("-p", "--prompt", required=True, help="the text to continue")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a message; the chat template is around it")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message: use the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling: total probability kept")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
@@ -836,8 +836,8 @@ def main():
         tokenizer = Tokenizer(args.folder)
         ids = tokenizer.prompt([{"role": "user", "content": args.prompt}] if args.chat else args.prompt)
         longest, words = model.config.positions - 1, model.config.vocab_size
-        check(0 < len(ids) <= longest, f"--prompt has {len(ids)} tokens, this model takes 1 to {longest}")
-        check(max(ids) < words, f"--prompt has the token id {max(ids)}; the model has {words}, from 0")
+        check(0 < len(ids) <= longest, f"--prompt has {len(ids)} tokens; this model takes 1 to {longest}")
+        check(max(ids) < words, f"--prompt has the token id {max(ids)}; the model has {words} ids, from 0")
         steps = model.generate([ids], args.max_new_tokens, args.temperature, args.top_p,
                                (tokenizer.eos, *model.stop_tokens), [torch.Generator().manual_seed(args.seed)])
         text = tokenizer.backend.decode(ids + [token for [token] in steps])[len(tokenizer.backend.decode(ids)):]
