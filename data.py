@@ -197,8 +197,8 @@ def _helpsteer(record: dict) -> tuple:
 def _fields(item: dict) -> list:
     """The values of the FIELDS, None for a missing one; UltraFeedback keeps its scores in two columns."""
     rated = [item.get("score_chosen"), item.get("score_rejected")]
-    if rated != [None, None]:
-        item = {"scores": rated, **item}
+    if rated != [None, None] and item.get("scores") is None:
+        item = {**item, "scores": rated}
     found = [item.get(name) for name in FIELDS]
     for value, (name, (_, fits, what)) in zip(found, FIELDS.items()):
         if value is not None and not fits(value):
@@ -770,7 +770,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
                columns: tuple[str, ...] | None = None, watch: Callable = iter) -> Dataset:
     """Read, check and tokenise one or several files of records.
 
-    max_tokens bounds prompt + response; every record must have the fields `needed` (for example "votes");
+    max_tokens bounds prompt + response; a record without the fields `needed` (for example "votes") is bad;
     columns is what read_columns takes; watch wraps the iterator over the records, to report progress.
     Raises BadData with file and line at the first bad record (skip_bad counts them instead), if more than the
     share max_dropped of the pairs do not fit, and if no pair is left.
@@ -778,6 +778,9 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
     names = [names] if isinstance(names, str | Path) else names
     pairs, dropped, forms, tally = [], [], {}, Counter()
     for where, record, ids in watch(read_pairs(names, tokenizer, need_rejected, read_columns(columns))):
+        missing = [name for name in needed if getattr(record, name, "") is None]
+        if missing:
+            record = BadData(f"no {missing[0]!r}; this method or --dispersion needs it in every record")
         if isinstance(record, BadData) and not isinstance(record, NoPreference) and not skip_bad:
             raise BadData(f"{where}: {record}")
         if isinstance(record, BadData):
@@ -789,8 +792,6 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
             forms[record.form] = None
             arrays = (np.array(part, dtype=np.int32) for part in (prompt, *ids[1:]))
             pairs.append(Pair(*arrays, record.dispersion, where, record.votes, record.scores, record.rewards))
-            if missing := [name for name in needed if getattr(record, name) is None]:
-                raise BadData(f"{where}: no {missing[0]!r}; this method or --dispersion needs it in every record")
     if len(dropped) > max_dropped * (len(pairs) + len(dropped)):
         raise BadData(f"{dropped[0]}: a response does not fit into --max-tokens {max_tokens}; the same holds "
                       f"for {len(dropped) - 1:,} more of {len(pairs) + len(dropped):,} pairs; raise "
@@ -801,7 +802,7 @@ def load_pairs(names: str | Path | list, tokenizer: Tokenizer, max_tokens: int, 
     return Dataset(pairs, tally["cut"], len(dropped), tally[BadData], tally[NoPreference], tuple(forms))
 
 
-PAIRS_RULES = 1                # increase it when new code makes other pairs from the same records
+PAIRS_RULES = 2                # increase it when new code makes other pairs from the same records
 
 
 def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tokenizer: Tokenizer,

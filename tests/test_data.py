@@ -436,14 +436,19 @@ def test_bad_chats_and_votes_say_what_is_wrong(item, words):
 
 def test_scores_reach_the_pair(tmp_path, tokenizer):
     write_jsonl(tmp_path / "f.jsonl", [{**GOOD, "scores": [3, 1.5]}, {**GOOD, "score_chosen": -8, "score_rejected": 1},
+                                       {**GOOD, "scores": None, "score_chosen": 2, "score_rejected": 1},
                                        {**GOOD, "scores": None}, GOOD])
     pairs = load_pairs(tmp_path / "f.jsonl", tokenizer, 50).pairs
-    assert [pair.scores for pair in pairs] == [[3, 1.5], [-8, 1], None, None]
+    assert [pair.scores for pair in pairs] == [[3, 1.5], [-8, 1], [2, 1], None, None]
 
 
 def test_votes_reach_the_pair(tmp_path, tokenizer):
     write_jsonl(tmp_path / "f.jsonl", [{**GOOD, "votes": [3, 1]}, GOOD])
     assert [pair.votes for pair in load_pairs(tmp_path / "f.jsonl", tokenizer, 50).pairs] == [[3, 1], None]
+    with pytest.raises(BadData, match=r"f\.jsonl:2: no 'votes'"):
+        load_pairs(tmp_path / "f.jsonl", tokenizer, 50, needed=("votes",))
+    left = load_pairs(tmp_path / "f.jsonl", tokenizer, 50, needed=("votes",), skip_bad=True)
+    assert (len(left.pairs), left.bad) == (1, 1)
 
 
 def test_responses_that_become_the_same_tokens(chat_model):
