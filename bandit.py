@@ -1,17 +1,17 @@
-"""The theory of dispersion, checked: what MallowsPO claims, what is true, how strongly, and where it loses.
+"""The theory of dispersion, tested: which claims of MallowsPO are true, how strongly, and where it loses.
 
-A bandit is a language model with the words taken out: a prompt is a set of n answers, a policy a softmax over
-them, and people rank the answers by a Mallows model whose centre is 0, 1, ..., n - 1.  Everything is known:
-every claim has a number.  The losses are mallowspo.LINKS, the very functions that train.py trains with.
+A bandit is a language model with the words taken out: a prompt is a set of n answers, a policy is a softmax
+over them, and people rank the answers by a Mallows model with centre 0, 1, ..., n - 1.  Everything is known,
+so every claim has a number.  The losses are mallowspo.LINKS, the same functions that train.py trains with.
 
     python bandit.py                              every experiment with few seeds, in a minute, then a verdict
     python bandit.py shared --seeds 100 --n 5     one experiment in full
     python tests/theory.py                        two formulas: the index as an estimate, phi's link as printed
     python tests/people.py *.soc                  real people's rankings (PrefLib.org): do dispersions help there?
 
-Each experiment prints a sentence and a table, and leaves NAME.json and, with matplotlib, NAME.png in --out.
-The file: 1. the ranking models -> 2. who beats whom -> 3. the engine -> 4. the experiments -> 5. the neighbours
-that need a sampler -> 6. a bandit with words, the population of train.py's demo -> 7. what to run, print and draw.
+Each experiment prints a summary and a table, and writes NAME.json and, with matplotlib, NAME.png to --out.
+The file: 1. ranking models -> 2. pair probabilities -> 3. fitting a policy -> 4. experiments -> 5. related
+methods that need a sampler -> 6. a bandit with words: train.py's demo population -> 7. run, print and draw.
 """
 import argparse
 import functools
@@ -36,13 +36,13 @@ METHODS = {name: mallowspo.LOSSES[name].link for name in ("mallows-phi", "dpo", 
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The ranking models.  Kendall-Mallows:  P(ranking) = phi^d(ranking, centre) / Z
-#    d counts the pairs that a ranking orders otherwise than the centre (Mallows 1957).  A ranking of n items
-#    is written as ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
+#    d counts the pairs that ranking and centre order differently (Mallows 1957).  A ranking of n items is
+#    stored as ranks: ranks[i] is the place (0 = best) of the item that the centre puts in place i.
 
 def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator | None = None) -> Tensor:
     """(count, n) ranks of independent draws, by repeated insertion (Doignon, Pekec, Regenwetter 2004).
-    The items arrive from the centre's best to its worst; item i overtakes j of those before it with a
-    probability proportional to phi^j, and each overtaking is one inversion."""
+    Items are inserted from the centre's best to its worst.  Item i overtakes j of the items before it with
+    probability proportional to phi^j; each item overtaken is one inversion."""
     ranks = torch.empty(count, 0, dtype=torch.long)
     for i in range(n):
         chances = torch.exp(-lam * torch.arange(i + 1.0, dtype=torch.float64))
@@ -53,17 +53,17 @@ def sample_rankings(count: int, n: int, lam: float, generator: torch.Generator |
 
 
 def top_choice(n: int, lam: Tensor) -> Tensor:
-    """(..., n) chances that a person's favourite is the centre's best, second, ... item: phi^i, normed."""
+    """(..., n) probability that item 0 (best), 1, ... of the centre is the favourite: phi^i, normalised."""
     return torch.softmax(-lam[..., None] * torch.arange(n, dtype=lam.dtype, device=lam.device), -1)
 
 
 def favourite_entropy(n: int, lam: Tensor) -> Tensor:
-    """Entropy (nats) of people's favourites; falls from log n at lam = 0, with slope -lam * Var(place)."""
+    """Entropy (nats) of people's favourites: log n at lam = 0; its slope in lam is -lam * Var(place)."""
     return torch.special.entr(top_choice(n, lam)).sum(-1)
 
 
 def enumerate_rankings(n: int) -> Tensor:
-    """(n!, n) ranks of every ranking (of 7 items: 5,040), for what has no closed form."""
+    """(n!, n) ranks of all rankings of n items (5,040 for n = 7), for quantities without a closed form."""
     return torch.tensor(list(itertools.permutations(range(n))))
 
 
@@ -74,7 +74,7 @@ def pair_rates(ranks: Tensor, weight: Tensor) -> Tensor:
 
 
 def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
-    """Where in [0, high] a decreasing function takes these values, by bisection; else the nearer end."""
+    """The x in [0, high] where a decreasing function equals each value, by bisection; else the nearer end."""
     low, high = torch.zeros_like(value), torch.full_like(value, high)
     for _ in range(64):
         middle = (low + high) / 2
@@ -84,38 +84,38 @@ def invert(decreasing, value: Tensor, high: float = 50.0) -> Tensor:
 
 
 def lam_of_entropy(entropy: Tensor, n: int) -> Tensor:
-    """lam at which people's favourites among n answers have this entropy (nats)."""
+    """The lam at which people's favourites among n answers have this entropy (nats)."""
     return invert(lambda lam: favourite_entropy(n, lam), entropy)
 
 
 def lam_of_choices(counts: Tensor) -> Tensor:
-    """lam from how often each of n answers (..., n) was drawn or named best; needs no order of the answers.
-    One count is added, 1/n per answer: else a few draws that happen to agree would make lam infinite."""
+    """lam from counts (..., n): how often each of n answers was drawn or named best; needs no order of them.
+    One count is added, 1/n per answer: otherwise a few draws that happen to agree would make lam infinite."""
     n = counts.shape[-1]
     share = (counts + 1 / n) / (counts.sum(-1, keepdim=True) + 1)
     return lam_of_entropy(torch.special.entr(share).sum(-1), n)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Who beats whom.  In a matrix, [i, j] is how often, or how probably, answer i is preferred to answer j.
+# 2. Pair probabilities.  Entry [i, j] of a matrix: how often, or how probably, answer i is preferred to j.
 
 def to_lam(phis) -> Tensor:
     return -torch.as_tensor(phis, dtype=F64).log()
 
 
 def pairs_of(n: int) -> Tensor:
-    """(2, n(n-1)/2) the pairs i < j."""
+    """(2, n(n-1)/2) indices of the pairs i < j."""
     return torch.triu_indices(n, n, 1)
 
 
 def truth(n: int, lam: Tensor) -> Tensor:
-    """(..., n, n) what infinitely many people say (1/2 on the diagonal)."""
+    """(..., n, n) exact pair probabilities: what infinitely many people say (1/2 on the diagonal)."""
     place = torch.arange(n, dtype=F64)
     return mallowspo.pair_probability(place - place[:, None], lam[..., None, None])
 
 
 def draw_pairs(rng, chances: Tensor, count) -> Tensor:
-    """(..., n, n) wins in `count` random pairs of answers, judged with these chances."""
+    """(..., n, n) wins in `count` random pairs of answers, judged with the probabilities `chances`."""
     i, j = pairs_of(chances.shape[-1])
     seen = rng.multinomial(count, np.full(len(i), 1 / len(i)), size=chances.shape[:-2])     # (..., pairs)
     won = rng.binomial(seen, chances[..., i, j].clamp(0, 1).numpy())
@@ -126,14 +126,14 @@ def draw_pairs(rng, chances: Tensor, count) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The engine.  A policy is pi = ref * exp(u / beta) / Z.  The losses see only u; beta is needed to read off pi.
+# 3. Fitting a policy pi = ref * exp(u / beta) / Z.  The losses depend on u alone; beta only turns u into pi.
 
 def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: float = 1e-10) -> Tensor:
     """The u (..., n) with the least mean loss over all pairs of all prompts: one policy for the P prompts of
-    wins (..., P, n, n) with dispersions lam (..., P); everything before P is independent fits, done at once.
-    Fisher scoring: the curvature of a pair is its squared slope, averaged over what the model itself expects
-    people to say, so it is never negative, however bent the link; Levenberg's damping makes every step a gain.
-    That takes 10 to 60 steps.  Where the data are separable there is no minimum; the ridge ends the growth."""
+    wins (..., P, n, n) with dispersions lam (..., P).  Dimensions before P are independent fits, run at once.
+    Fisher scoring: the curvature of a pair is its squared slope, averaged over the judgements that the model
+    predicts, so it is never negative, whatever the link.  Levenberg's damping: no step raises the loss.  It
+    takes 10 to 60 steps.  Separable data have no minimum; for them the ridge stops the growth of u."""
     n = wins.shape[-1]
     i, j = pairs_of(n)
     wins = wins / wins.sum((-3, -2, -1), keepdim=True)
@@ -141,7 +141,7 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
     lam = lam.expand(won.shape[:-1])[..., None]
     design = torch.eye(n, dtype=F64)[i] - torch.eye(n, dtype=F64)[j]                    # (pairs, n)
 
-    def look(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:           # mean loss (...), its gradient, its curvature
+    def look(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:           # mean loss (...), gradient, curvature
         gap = (u @ design.T)[..., None, :].expand(won.shape).detach().requires_grad_()
         win, lose = LINKS[link](gap, lam), LINKS[link](-gap, lam)                       # (..., P, pairs)
         win_slope, lose_slope = (torch.autograd.grad(loss.sum(), gap)[0] for loss in (win, lose))
@@ -150,7 +150,7 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
         gradient = (won * win_slope + lost * lose_slope).sum(-2) @ design + ridge * u
         bend = torch.exp(-win) * win_slope ** 2 + torch.exp(-lose) * lose_slope ** 2
         if link == "square":
-            bend = torch.full_like(bend, 2)         # IPO is no likelihood; a square bends by 2 everywhere
+            bend = torch.full_like(bend, 2)         # IPO is no likelihood; its curvature is 2 everywhere
         curvature = design.T @ (((won + lost) * bend).sum(-2)[..., None] * design)
         return value, gradient, curvature + ridge * torch.eye(n, dtype=F64)
 
@@ -158,7 +158,7 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
     (value, gradient, curvature), damping = look(u), torch.full(won.shape[:-2], 1e-3, dtype=F64)
     for _ in range(steps):
         stiff = torch.diag_embed(damping[..., None] * curvature.diagonal(dim1=-2, dim2=-1))
-        # 1/n: the losses leave u free up to a constant, and the matrix would be singular
+        # + 1 / n: the losses do not change if a constant is added to u, so the matrix alone would be singular
         move = torch.linalg.solve(curvature + stiff + 1 / n, gradient)
         could_gain = (gradient * move).sum(-1)
         new_value, new_gradient, new_curvature = look(u - move)
@@ -174,21 +174,21 @@ def fit_policy(link: str, wins: Tensor, lam: Tensor, steps: int = 60, ridge: flo
 
 
 def excess(link: str, u: Tensor, lam: Tensor, chances: Tensor) -> Tensor:
-    """(...) log-loss of a shared u (..., n) on new pairs, beyond what chances (..., P, n, n) allow (mnat)."""
+    """(...) log-loss of a shared u (..., n) on new pairs, minus the least for chances (..., P, n, n)."""
     i, j = pairs_of(u.shape[-1])
     gap = (u[..., i] - u[..., j])[..., None, :]                                         # (..., 1, pairs)
     p, q = chances[..., i, j], chances[..., j, i]                                       # (..., P, pairs)
     loss = p * LINKS[link](gap, lam[..., None]) + q * LINKS[link](-gap, lam[..., None])
-    return 1000 * (loss - torch.special.entr(p) - torch.special.entr(q)).mean((-2, -1))
+    return 1000 * (loss - torch.special.entr(p) - torch.special.entr(q)).mean((-2, -1))         # mnat
 
 
 def slope_per_rank(u: Tensor) -> Tensor:
-    """(...) what u falls by from place to place, on average; 1 is the target pi_ref * exp(-place / beta)."""
+    """(...) mean decrease of u from one place to the next; 1 for the target pi_ref * exp(-place / beta)."""
     return (u[..., 0] - u[..., -1]) / (u.shape[-1] - 1)
 
 
 def mean_se(x: Tensor) -> tuple[float, float]:
-    """Mean over the seeds and its standard error (0 for a single one)."""
+    """Mean over the seeds and its standard error (0 for a single seed)."""
     se = x.std().item() / math.sqrt(len(x)) if x.numel() > 1 else 0.0
     return x.mean().item(), se
 
@@ -200,30 +200,30 @@ def ratio_se(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The experiments: each takes the options and returns rows and claims.  Numbers are means over seeds, `se`
-#    their standard errors; log-losses are in mnat, thousandths of a nat.
+# 4. The experiments.  Each takes the options and returns rows and claims.  Numbers are means over seeds, `se`
+#    their standard errors; log-losses are in mnat (thousandths of a nat).
 
 class Result(NamedTuple):
     rows: list[dict]
-    claims: list[tuple[str, bool, str]]  # claim, whether it holds, the number that says so
+    claims: list[tuple[str, bool, str]]  # claim, whether it holds, the numbers behind that
     curves: list[dict] | None = None     # finer rows, for the picture
-    more: dict | None = None             # further keys of NAME.json
+    more: dict | None = None             # additional keys of NAME.json
 
 
 def pick(rows, value, **where) -> list:
-    """The values of one key in the rows that have these values of others."""
+    """The values of the key `value` in the rows that match all of `where`."""
     return [row[value] for row in rows if where.items() <= row.items()]
 
 
 def table(columns: dict) -> list[dict]:
-    """The rows of these columns; a column that is a single value has it in every row."""
+    """Turn columns into rows; a column given as a single value is repeated in every row."""
     values = [column.tolist() for column in np.broadcast_arrays(*columns.values())]
     return [dict(zip(columns, row)) for row in zip(*values)]
 
 
 def spearman(opt) -> Result:
-    """theta's link sigmoid(2 lam gap) is not Spearman's pair probability but its lower bound: exact for answers
-    that a person places side by side, too cautious for the others, the more so the more answers and dispute."""
+    """theta's link sigmoid(2 lam gap) is a lower bound of Spearman's pair probability: exact for answers that
+    a person ranks side by side.  For others lam needs a factor that grows with n and with phi."""
     phis, rows = opt.phis or [.05, .3, .5, .7, .9, .95, .99], []
     lam, factors = to_lam(phis)[:, None], torch.linspace(1, 3, 801, dtype=F64)
     for n in (3, 5, 7):
@@ -243,12 +243,12 @@ def spearman(opt) -> Result:
     worst, least = max(pick(rows, "largest error", n=5)), min(pick(rows, "smallest"))
     return Result(rows, [
         ("theta's link is Spearman's pair probability", worst < 1e-3, f"off by {worst:.3f} at n = 5"),
-        ("theta's link never exceeds it", least > -1e-12, f"smallest difference {least:.0e}")])
+        ("theta's link never exceeds that probability", least > -1e-12, f"smallest difference {least:.0e}")])
 
 
 def optimum(opt) -> Result:
-    """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta) at every
-    dispersion: 1 nat per rank.  What the others learn depends on how much people agree; DPO blows up where they do."""
+    """With infinite data, one prompt and one beta, MallowsPO-phi learns pi_ref * exp(-place / beta), 1 nat
+    per rank, at every phi.  What the others learn depends on phi; DPO's slope blows up where people agree."""
     phis = opt.phis or [.01, .05, .1, .2, .3, .5, .7, .8, .9, .95, .98]
     lam = to_lam(phis)[:, None]
     rows, claims = [], []
@@ -258,20 +258,20 @@ def optimum(opt) -> Result:
         rows += table({"method": method, "phi": phis, "slope": slope, "best": best})
         low, high = slope.min().item(), slope.max().item()
         claims.append((f"{method} learns 1 nat per rank at every dispersion", max(1 - low, high - 1) < 1e-3,
-                       f"{low:.3f} to {high:.3f}, {high / max(low, 1e-12):.4g} x"))
+                       f"{low:.3f} to {high:.3f}, {high / max(low, 1e-12):.4g} x apart"))
     return Result(rows, claims)
 
 
 def growth(opt) -> Result:
-    """On a pair that nobody disputes no likelihood method stops: the margin grows like log(time).  MallowsPO slows
-    it where the prompt's index says that people agree, and speeds it up where it does not; only IPO is bounded."""
+    """On a pair that nobody disputes, no likelihood method stops: the margin grows like log(time).  MallowsPO
+    slows it if the prompt's index says that people agree, and speeds it up if not.  Only IPO is bounded."""
     curves, claims = [], []
     grid = torch.cat([torch.linspace(0, 1, 10_001, dtype=F64), torch.linspace(1, 1500, 150_000, dtype=F64)[1:]])
     time = np.logspace(0, 8, 33)
     for phi in opt.phis or [.05, .3, .9]:
         for method in opt.methods:
             x = grid.clone().requires_grad_()
-            # gradient flow on the two logits is d margin / d time = -2 loss'(margin): so time is an integral
+            # gradient flow on the two logits: d margin / d time = -2 loss'(margin); time integrates 1 / speed
             speed, = torch.autograd.grad(-2 * LINKS[METHODS[method]](x, to_lam(phi)).sum(), x)
             usable = int((speed > 1e-12).sum())
             margin, speed = grid[:usable].numpy(), speed[:usable].numpy()
@@ -282,18 +282,18 @@ def growth(opt) -> Result:
         if {"mallows-phi", "dpo"} <= set(opt.methods):
             ours, = pick(curves, "per e-fold", phi=phi, time=1e6, method="mallows-phi")
             dpo, = pick(curves, "per e-fold", phi=phi, time=1e6, method="dpo")
-            claims.append((f"phi's margin grows slower than DPO's on agreed pairs, phi = {phi}", ours < dpo,
-                           f"{ours / dpo:.2f} x, and no end"))
+            claims.append((f"phi's margin grows slower than DPO's on undisputed pairs, phi = {phi}",
+                           ours < dpo, f"{ours / dpo:.2f} x DPO's pace, without end"))
     return Result([row for row in curves if row["time"] in (1e2, 1e4, 1e6, 1e8)], claims, curves)
 
 
 def frontier(opt) -> Result:
-    """What a mean KL of 1/2 nat buys, with one beta for prompts of many dispersions: the answer's mean place, 0 is
-    best.  MallowsPO-phi is on the frontier if the consensus ranks, not if a random annotator does: there IPO is."""
+    """Mean place of the answers (0 is best) at a mean KL of 1/2 nat, with one beta for prompts of many
+    dispersions.  MallowsPO-phi is optimal for the consensus, but not for a random annotator: there IPO is."""
     lam, rng = to_lam(opt.phis or [.05, .1, .2, .5, .8, .9, .95]), np.random.default_rng(opt.seed)
     chances = truth(opt.n, lam)                                                         # (P, n, n)
     places = {"consensus": torch.arange(opt.n, dtype=F64).expand(len(lam), -1),
-              "annotator": chances.sum(-2) - 1 / 2}           # an item's place: how many others are above it
+              "annotator": chances.sum(-2) - 1 / 2}           # expected place: how many others are above it
     found = Result(rows=[], claims=[], curves=[])
     for count in ["infinite", *(opt.pairs or [1024, 64])]:
         wins = chances if count == "infinite" else draw_pairs(rng, chances.expand(opt.seeds, -1, -1, -1), count)
@@ -309,7 +309,7 @@ def frontier(opt) -> Result:
                                          "place": place_at_kl(u, place, kl).item()} for kl in np.arange(1, 21) / 20)
                 if count == "infinite" and method in ("mallows-phi", "ipo"):
                     best, = pick(found.rows, "place", judge=judge, method="best possible")
-                    found.claims.append((f"{method} gets the most per KL, judged by the {judge}", mean < best + .005,
+                    found.claims.append((f"{method} is optimal, judged by the {judge}", mean < best + .005,
                                          f"place {mean:.3f}, best possible {best:.3f}"))
     return found
 
@@ -323,8 +323,8 @@ def place_at_kl(u: Tensor, place: Tensor, kl: float) -> Tensor:
 
 
 def samples(opt) -> Result:
-    """What a disputed prompt costs: with few pairs MallowsPO-phi amplifies their noise.  Its regret, beta *
-    KL(pi || pi*), over DPO's is above 1 until the N pairs of the prompt reach N * lam^2 of 3 to 8."""
+    """The cost of a disputed prompt: with few pairs, MallowsPO-phi amplifies their noise.  With N pairs, its
+    regret, beta * KL(pi || pi*), divided by DPO's is above 1 until N * lam^2 reaches 3 to 8."""
     phis, rng = opt.phis or [.7, .8, .9, .95], np.random.default_rng(opt.seed)
     lam = to_lam(phis)
     reach = torch.tensor([.1, .3, 1, 2, 3, 6, 10, 30, 100], dtype=F64)[:, None].expand(-1, len(lam))
@@ -346,16 +346,16 @@ def samples(opt) -> Result:
                      "dpo": dpo.mean().item(), "mallows-phi": ours.mean().item(), "ratio": ratio, "se": se})
     few = [row["ratio"] for row in rows if row["phi"] >= .8 and row["N lam^2"] < .5]
     many = [row["ratio"] for row in rows if row["phi"] >= .8 and row["N lam^2"] >= 30]
-    return Result(rows, [(f"phi beats DPO on a disputed prompt with N lam^2 {size} pairs", max(ratios) < 1,
+    return Result(rows, [(f"phi beats DPO on a disputed prompt, N lam^2 {size} (N pairs)", max(ratios) < 1,
                           f"regret {min(ratios):.2f} to {max(ratios):.2f} x DPO's")
                          for size, ratios in (("< 0.5", few), (">= 30", many)) if ratios])
 
 
 def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
             choices: Tensor) -> tuple[list[dict], dict[str, dict]]:
-    """One policy for P prompts, fitted to pairs drawn with the chances `train`, judged by `test`, (S, P, n, n):
-    all rows, and index -> its row at 256 pairs.
-    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) counts of favourites."""
+    """For each index, one policy for P prompts: fitted to pairs drawn with probabilities `train`, judged by
+    `test`, both (S, P, n, n).  Returns all rows, and index -> its row at 256 pairs.
+    lam: (S, P) best known; entropy: (S, P) of people's favourites; choices: (S, P, n) favourites' counts."""
     prompts, n = lam.shape[-1], test.shape[-1]
     i, j = pairs_of(n)
     proxy = mallowspo.dispersion_weight(entropy / math.log(n), 1.0)                     # (S, P)
@@ -366,14 +366,14 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
                "theta, best index": ("mallows-theta", lam),
                "phi, entropy proxy": ("mallows-phi", proxy / proxy.mean(-1, keepdim=True)),
                "phi, inverted entropy": ("mallows-phi", lam_of_choices(choices)),
-               "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # no prompt's own
+               "phi, shuffled index": ("mallows-phi", lam.gather(-1, moved % prompts)),     # another prompt's
                "dpo, one policy each": ("sigmoid", lam)}
     counts = opt.pairs or [16, 64, 256, 1024]
     rows, loss = [], {}
     for count in counts:
         wins = draw_pairs(rng, train, count)
         for name, (link, index) in indices.items():
-            alone = name == "dpo, one policy each"          # then each prompt is a group of its own
+            alone = name == "dpo, one policy each"          # then each prompt is fitted by itself
             group = lambda x, alone=alone: x[:, :, None] if alone else x
             u = fit_policy(link, group(wins), group(index))                             # (S, n) or (S, P, n)
             loss[name] = excess(link, u, group(index), group(test)).view(len(lam), -1).mean(-1)
@@ -382,13 +382,13 @@ def compare(opt, rng, train: Tensor, test: Tensor, lam: Tensor, entropy: Tensor,
             rows.append({"index": name, "pairs": count, "excess": mean, "se": se, "minus DPO": ahead,
                          "minus DPO se": ahead_se, "slope": slope_per_rank(u).mean().item(),
                          "tau": (u[..., i] - u[..., j]).sign().mean().item()})
-    count = 256 if 256 in counts else counts[-1]            # at which the claims are judged
+    count = 256 if 256 in counts else counts[-1]            # the claims are judged at this count
     return rows, {row["index"]: row for row in rows if row["pairs"] == count}
 
 
 def shared(opt) -> Result:
-    """One policy for prompts that differ only in dispersion, as a language model is: log-loss on new pairs beyond
-    the least possible, mnat.  Knowing the dispersions removes nearly all of DPO's; wrong ones are worse than none."""
+    """One policy for prompts that differ only in dispersion, as in a language model: log-loss on new pairs
+    above the least possible, mnat.  True dispersions remove nearly all of DPO's; wrong ones increase it."""
     lam = to_lam(opt.phis or [.05, .1, .3, .6, .9, .95]).expand(opt.seeds, -1)
     rng, chances = np.random.default_rng(opt.seed), truth(opt.n, lam)
     choices = torch.from_numpy(rng.multinomial(64, top_choice(opt.n, lam).numpy())).to(F64)
@@ -400,9 +400,9 @@ def shared(opt) -> Result:
 
 
 def trust(opt) -> Result:
-    """How far to trust an index, learned from the pairs as train.py does (--dispersion-power learn): excess log-loss
-    over DPO's with the power 1, the learned one and the best of a grid, by the noise r of the index.  A useless index
-    gets a power near 0, which is DPO."""
+    """How far to trust an index, learned from the pairs as in train.py --dispersion-power learn.  Ratio of
+    the excess log-loss to DPO's, by the noise r of the index, with power 1, the learned power, and the best
+    fixed power of a grid.  A useless index gets a power near 0, which is close to DPO."""
     rng, rows = np.random.default_rng(opt.seed), []
     count = (opt.pairs or [256])[0]
     z, grid = torch.special.ndtri((torch.arange(12, dtype=F64) + .5) / 12), (0, .25, .5, .75, 1, 1.5)
@@ -438,8 +438,8 @@ def trust(opt) -> Result:
 
 
 def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
-    """(S, 1) the power of an index (S, P), by how often DPO's order of the answers, learned from one half of the pairs
-    (S, P, n, n), agrees with the other half, as mallowspo.fit_trust asks."""
+    """(S, 1) the power for an index (S, P).  DPO learns an order of the answers from each half of the pairs
+    (S, P, n, n); mallowspo.fit_trust gets how often that order agrees with the other half."""
     i, j = pairs_of(halves[0].shape[-1])
     found, kappas = [], []
     for mine, other in (halves, halves[::-1]):
@@ -454,12 +454,12 @@ def learned_power(halves: list[Tensor], index: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The neighbours of MallowsPO that need a sampler, a judge or another kind of data, with the same objective.  All
-#    chances are torch's own, from its seed; S seeds are S independent runs, side by side.
+# 5. Related methods that need a sampler, a judge or another kind of data, with the same objective.  Random
+#    numbers come from torch's global generator.  S seeds are S independent runs, computed side by side.
 
 def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float) -> Iterator[list[Tensor]]:
-    """Adam on parts (S, ...) for the losses (S,) of S seeds, which do not mix: the parts after each step,
-    to be used before the next, as they are the optimiser's own."""
+    """Minimise the losses (S,) of S independent seeds over parts (S, ...) with Adam; yield the parts after
+    each step.  Use them before the next step, which changes them in place."""
     parts = [part.clone().requires_grad_() for part in parts]
     optimizer = torch.optim.Adam(parts, lr=rate)
     for _ in range(steps):
@@ -470,7 +470,7 @@ def descend(parts: list[Tensor], loss: Callable, steps: int, rate: float) -> Ite
 
 
 def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """(S,) mean DPO loss of pairs (S, ..., 2), with weights (...)."""
+    """(S,) mean DPO loss of pairs: logp, ref_logp (S, ..., 2), chosen first; weight expands to (S, ...)."""
     flat, weight = logp.reshape(-1, 2), weight.expand(logp.shape[:-1]).reshape(-1)
     method = mallowspo.LOSSES["dpo"]._replace(beta=beta)
     loss = mallowspo.objective(method, flat, ref_logp.reshape(-1, 2), torch.ones_like(flat), weight).loss
@@ -478,44 +478,44 @@ def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Te
 
 
 def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """APA's (2306.02231): the log-ratio of each answer should be its advantage over the other one, +-1/2, over beta."""
+    """(S,) APA's loss (2306.02231): beta * log-ratio of an answer should be its advantage, +-1/2."""
     gap = weight[..., None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
     return gap.square().sum(-1).mean((-2, -1))
 
 
 class Crowd:
-    """P prompts of several dispersions, people who judge, and policies first(y | x) * exp(u(y) + v(x, y)) / Z over n
-    answers: what is learned of one prompt helps the others, as in a language model.  theta: (S, 1 + P, n) u and v."""
+    """P prompts of several dispersions, people who judge, and policies first(y | x) * exp(u(y) + v(x, y)) / Z
+    over n answers: all prompts share u, so each helps the others.  theta: (S, 1 + P, n), u then v."""
 
     def __init__(self, opt):
         self.lam, self.n = to_lam(opt.phis or np.linspace(.05, .95, 8)), opt.n
         self.chances = truth(self.n, self.lam)                                          # (P, n, n)
-        # The first policy knows a little: half of the people's favourites, half anything.
+        # The first policy knows a little: half of it is people's favourites, the other half is uniform.
         self.first = ((top_choice(self.n, self.lam) + 1 / self.n) / 2).log()            # (P, n)
         self.start = torch.zeros(opt.seeds, 1 + len(self.lam), self.n, dtype=F64)
 
     def logp(self, theta: Tensor) -> Tensor:
-        """(S, P, n) of every answer."""
+        """(S, P, n) log-probability of every answer."""
         return torch.log_softmax(self.first + theta[:, :1] + theta[:, 1:], -1)
 
     def draw(self, logp: Tensor, count: int) -> Tensor:
-        """(S, P, count, 2) pairs of different answers, as the policy gives them (Gumbel's trick)."""
+        """(S, P, count, 2) pairs of different answers, drawn from the policy (Gumbel's trick)."""
         noise = -torch.log(-torch.log(torch.rand(*logp.shape[:2], count, self.n, dtype=F64)))
         return (logp[:, :, None] + noise).topk(2).indices
 
     def judge(self, pairs: Tensor) -> Tensor:
-        """The pairs with the answer first that a random person prefers: one gold label each."""
+        """The pairs, with the answer that a random person prefers put first: one gold label each."""
         prompt = torch.arange(len(self.lam))[:, None]
         agrees = torch.rand(pairs.shape[:3], dtype=F64) < self.chances[prompt, pairs[..., 0], pairs[..., 1]]
         return torch.where(agrees[..., None], pairs, pairs.flip(-1))
 
     def regret(self, theta: Tensor) -> Tensor:
-        """(S,) mean place of an answer in the common ranking; 0 is always the best."""
+        """(S,) mean place of the policy's answers in the common ranking; 0 if they are always the best."""
         return (self.logp(theta).exp() * torch.arange(self.n, dtype=F64)).sum(-1).mean(-1)
 
 
 def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
-    """(S, P, n) -> (S, P, count, 2) the values of the answers in these pairs."""
+    """(S, P, n) values of all answers -> (S, P, count, 2) values of the answers in these pairs."""
     return values[:, :, None].expand(*pairs.shape[:3], -1).gather(-1, pairs)
 
 
@@ -523,10 +523,10 @@ class Loop(NamedTuple):
     """How a policy learns in rounds from people who judge its answers."""
     loss: Callable = pair_loss
     beta: float = 0.3
-    anchored: bool = False     # the reference is the first policy (APA); else that of the round before
-    momentum: float = 0.0      # Accelerated PO (2410.06293): so much further in the direction of each round
-    silver: int = 0            # D2PO (2405.01511): pairs per gold label that a discriminator labels; 0: there is none
-    unsure: bool = False       # of D2PO: people judge the pairs of which the discriminator is least sure
+    anchored: bool = False     # True: the reference is the first policy (APA); False: the previous round's
+    momentum: float = 0.0      # Accelerated PO (2410.06293): extend the change of each round by this share
+    silver: int = 0            # D2PO (2405.01511): pairs that a discriminator labels, per gold label; 0: none
+    unsure: bool = False       # with D2PO: people judge the pairs that the discriminator is least sure of
 
 
 LOOPS = {"iterated DPO": Loop(), "DPO, half of beta": Loop(beta=0.15), "Accelerated PO": Loop(momentum=0.5),
@@ -535,7 +535,7 @@ LOOPS = {"iterated DPO": Loop(), "DPO, half of beta": Loop(beta=0.15), "Accelera
 
 
 def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
-    """(S, P, n) scores of the answers, by Bradley and Terry from all gold pairs; of the policy's form, and damped."""
+    """(S, P, n) answer scores u(y) + v(x, y), Bradley-Terry from all gold pairs, with an L2 penalty."""
     nothing = torch.zeros(gold.shape, dtype=F64)
     scores = lambda theta: theta[:, :1] + theta[:, 1:]
     loss = lambda parts: (pair_loss(of_pairs(scores(parts[0]), gold), nothing, weight[:, None], 1.0)
@@ -546,7 +546,7 @@ def fit_discriminator(crowd: Crowd, gold: Tensor, weight: Tensor) -> Tensor:
 
 def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
              discriminate: Callable = fit_discriminator) -> Tensor:
-    """(S, rounds + 1) regret before and after each round of `gold` labels per prompt."""
+    """(S, rounds + 1) regret before and after each round, in which people give `gold` labels per prompt."""
     theta = last = crowd.start
     scores = torch.zeros_like(theta[:, 1:])
     regret, judged = [crowd.regret(theta)], []
@@ -573,9 +573,10 @@ def run_loop(crowd: Crowd, loop: Loop, weight: Tensor, gold: int, rounds: int,
 
 
 def online(opt) -> Result:
-    """A policy that learns in rounds from people who judge its own answers: mean place of an answer by gold labels per
-    prompt.  DPO with the last round's policy as its reference, with momentum (Accelerated PO) or a smaller beta, with a
-    discriminator that labels eight times as many pairs (D2PO), APA; each with the prompts' dispersion as a weight."""
+    """A policy learns in rounds from people who judge its own answers: mean place of its answers by gold
+    labels per prompt.  DPO with the previous round's policy as its reference, alone, with momentum
+    (Accelerated PO), with a smaller beta, or with a discriminator that labels eight times as many pairs
+    (D2PO); and APA.  Each runs without weights, and with weights from the prompts' dispersion."""
     gold, rounds = (opt.pairs or [2])[0], 8
     rows, found = [], {}
     crowd = Crowd(opt)
@@ -584,7 +585,7 @@ def online(opt) -> Result:
                "entropy": mallowspo.dispersion_weight(entropy, 1.0)}
     for name, loop in LOOPS.items():
         for source, weight in weights.items():
-            torch.manual_seed(opt.seed)                     # so that all meet the same chances
+            torch.manual_seed(opt.seed)                     # every run gets the same random numbers
             regret = found[name, source] = run_loop(crowd, loop, weight / weight.mean(), gold, rounds)
             for done in range(rounds + 1):
                 mean, se = mean_se(regret[:, done])
@@ -600,17 +601,17 @@ def online(opt) -> Result:
     shown = [row for row in rows if row["labels"] // gold in (0, 1, 2, 4, 8)]
     return Result(shown, [
         claim("momentum is faster than DPO", ("Accelerated PO", "none"), base, 2),
-        claim("momentum is still ahead", ("Accelerated PO", "none"), base, half),
-        claim("momentum is faster than half of beta", ("Accelerated PO", "none"), ("DPO, half of beta", "none"), 2),
-        claim("silver labels help where gold is scarce", ("D2PO", "none"), base, 1),
+        claim("momentum is still ahead of DPO", ("Accelerated PO", "none"), base, half),
+        claim("momentum is faster than halving beta", ("Accelerated PO", "none"), ("DPO, half of beta", "none"), 2),
+        claim("silver labels help while gold is scarce", ("D2PO", "none"), base, 1),
         claim("silver labels still help later", ("D2PO", "none"), base, rounds),
-        claim("asking for unsure pairs helps", ("D2PO, least sure", "none"), ("D2PO", "none"), half),
+        claim("having people judge unsure pairs helps", ("D2PO, least sure", "none"), ("D2PO", "none"), half),
         ("online: APA is steadier than DPO", steadier < -2 * se, f"largest rise {steadier:+.3f} +- {se:.3f}"),
         *(claim(f"dispersion helps {name}", (name, "known"), (name, "none"), half) for name in LOOPS)], rows)
 
 
 def denoise(parts: list[Tensor], x: Tensor, angle: Tensor, half: Tensor) -> Tensor:
-    """(S, B, 2) the noise that S perceptrons see in points (S, B, 2) at an angle (S, B), 0: none, pi / 2: all."""
+    """(S, B, 2) noise that S perceptrons predict in points (S, B, 2); angle (S, B), 0: none, pi / 2: all."""
     hidden = torch.cat([x, torch.stack([angle.cos(), angle.sin(), half], -1)], -1)
     *first, (matrix, bias) = zip(parts[::2], parts[1::2])
     for layer, shift in first:
@@ -624,7 +625,7 @@ def mix_noise(x: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_points(parts: list[Tensor], x: Tensor, half: Tensor) -> Tensor:
-    """(S, B, 2) points made of noise x in 20 steps, without further chance (DDIM): so two models can be compared."""
+    """(S, B, 2) points from noise x in 20 deterministic steps (DDIM), so that two models are comparable."""
     for now, after in itertools.pairwise(torch.linspace(.98, 0, 21) * math.pi / 2):
         seen = denoise(parts, x, now.expand(half.shape), half)
         x = mix_noise((x - now.sin() * seen) / now.cos(), seen, after)
@@ -632,12 +633,11 @@ def sample_points(parts: list[Tensor], x: Tensor, half: Tensor) -> Tensor:
 
 
 def nearness(x: Tensor, half: Tensor) -> Tensor:
-    """(S, B) minus the distance to the cloud that people prefer: the right one of the half (-1: lower, 1: upper)."""
+    """(S, B) minus the distance to the preferred cloud, the right one of this half (-1: lower, 1: upper)."""
     return -(x - torch.stack([torch.ones_like(half), half], -1)).norm(dim=-1)
 
 
-# Points from four clouds, around (+-1, +-1), and people who prefer the right ones; in the lower half of the plane they
-# disagree.  The half is the prompt.
+# The data: see diffusion.  The four clouds lie around (+-1, +-1), and the half of the plane is the prompt.
 HALF_LAM = to_lam([.95, .05]).float()                                                   # of the lower, the upper half
 
 
@@ -661,7 +661,7 @@ def perceptron(seeds: int, *sizes: int) -> list[Tensor]:
 
 
 def denoising_loss(parts: list[Tensor]) -> Tensor:
-    """(S,) what makes the reference."""
+    """(S,) loss that trains the reference."""
     half = sides(len(parts[0]), 256)
     angle, noise = angles(half), torch.randn(*half.shape, 2)
     seen = denoise(parts, mix_noise(points(half), noise, angle), angle, half)
@@ -669,12 +669,12 @@ def denoising_loss(parts: list[Tensor]) -> Tensor:
 
 
 def preference_loss(parts: list[Tensor], reference: list[Tensor], weight: Tensor) -> Tensor:
-    """(S,) Diffusion-DPO's, over fresh pairs; weight: (2,) of the halves."""
+    """(S,) loss of Diffusion-DPO on newly drawn pairs; weight: (2,) of the lower and the upper half."""
     half = sides(len(parts[0]), 128)
     upper, angle = (half > 0).long(), angles(half)
     one, two = points(half), points(half)
     noise = torch.randn(*half.shape, 2)
-    agrees = torch.rand(half.shape) < torch.sigmoid(HALF_LAM[upper])                    # as neighbours in a ranking
+    agrees = torch.rand(half.shape) < torch.sigmoid(HALF_LAM[upper])                    # neighbours in a ranking
     first = ((nearness(one, half) > nearness(two, half)) == agrees)[..., None]
     pair = torch.where(first, one, two), torch.where(first, two, one)
 
@@ -687,13 +687,13 @@ def preference_loss(parts: list[Tensor], reference: list[Tensor], weight: Tensor
 
 
 def diffusion(opt) -> Result:
-    """Diffusion-DPO (2311.12908): the log-ratio is minus the difference of two denoising errors.  Points come from four
-    clouds of a plane, and people prefer those on the right; in the lower half they disagree.  With the dispersion of
-    the half as the weight of a pair and without: how often a point of the upper half beats one of the reference, and
-    how far both halves drift."""
+    """Diffusion-DPO (2311.12908): the log-ratio is minus the difference of two denoising errors.  Points come
+    from four clouds in a plane, and people prefer those on the right; in the lower half they disagree.  With
+    the half's dispersion as the weight of a pair, and without: how often a point in the upper half beats one
+    of the reference's, and how far each half drifts."""
     torch.manual_seed(opt.seed)
     seeds, rows = min(opt.seeds, 8), []
-    paths = {"none": [], "known": []}                                                   # of (3, S)
+    paths = {"none": [], "known": []}           # lists of (3, S): win rate, upper and lower drift
     *_, reference = descend(perceptron(seeds, 5, 48, 48, 2), denoising_loss, 1000, .005)
     half, noise = torch.tensor([-1.0, 1.0]).repeat(256).expand(seeds, -1), torch.randn(seeds, 512, 2)
     base = sample_points(reference, noise, half)
@@ -712,26 +712,26 @@ def diffusion(opt) -> Result:
                          "upper drift": drifts[0].mean().item(), "lower drift": drifts[1].mean().item()})
     won, se = rows[-1]["win rate"], rows[-1]["se"]
     claims = [("diffusion: points become better than the reference's", won > .5 + 2 * se, f"{won:.3f} +- {se:.3f}")]
-    for k, where in ((1, "people agree"), (2, "they do not")):
+    for k, where in ((1, "people agree"), (2, "people disagree")):
         gain, se = mean_se(drift_at(.6, paths["known"], k) - drift_at(.6, paths["none"], k))
-        claims.append((f"diffusion, win rate .6: dispersion spares drift where {where}", gain < -2 * se,
+        claims.append((f"diffusion, win rate .6: dispersion reduces drift where {where}", gain < -2 * se,
                        f"{gain:+.3f} +- {se:.3f}"))
     curves = [{**row, "half": half, "drift": row[f"{half} drift"]} for half in ("upper", "lower") for row in rows]
     return Result([row for row in rows if row["step"] in (10, 50, 100, 150)], claims, curves)
 
 
 def drift_at(win_rate: float, path: list[Tensor], k: int) -> Tensor:
-    """(S,) field k of a path where it first comes to a win rate."""
+    """(S,) field k of a path at the point where the win rate, field 0, first reaches this value."""
     fields = torch.stack([torch.zeros_like(path[0]), *path]).numpy()                    # (steps, 3, S)
     rising = np.maximum.accumulate(fields[:, 0])
     return torch.tensor([np.interp(win_rate, rising[:, s], fields[:, k, s]) for s in range(fields.shape[-1])])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. A bandit with words: a population that ranks answers, in readable English and with known dispersions.  A
-#    language model has to learn it in train.py's demo; what the model has learned is known exactly, as above.
+# 6. A bandit with words: a population that ranks answers in plain English, with known dispersions.
+#    A language model learns its preferences in train.py's demo; what it learned is known exactly, as above.
 
-# Each question's answers from the population's favourite down; from agreement to dispute, phi rises by line.
+# Each line: a question and its answers, the population's favourite first.  Phi rises from line to line.
 QUESTIONS = """
 What is one plus one?                      two three four zero ten eleven
 Where does the sun rise?                   east south north west underground nowhere
@@ -762,11 +762,11 @@ ASKERS = """
 Ada Ben Carla David Elena Felix Greta Hugo Ines Jonas Klara Leo Maria Nils Olga Paul Rosa Simon Tara Ulla
 Viktor Wanda Xenia Yann Zoe Anton Bella Cyril Dora Emil Frida Gustav Hanna Igor Julia Karl Lena Nora Otto
 """.split()
-NEW_ASKERS = "Pia Quentin Rita Sven Thea Uwe Vera Willem".split()       # only ever asked in the evaluation
+NEW_ASKERS = "Pia Quentin Rita Sven Thea Uwe Vera Willem".split()       # they ask only in the evaluation
 
 
 class Population:
-    """People who rank A = 6 answers to each of Q = 24 questions, by a Kendall-Mallows model per question."""
+    """People who rank A = 6 answers to each of Q = 24 questions by one Kendall-Mallows model per question."""
 
     def __init__(self):
         lines = [line.split("?") for line in QUESTIONS.strip().splitlines()]
@@ -779,7 +779,7 @@ class Population:
         return f"{name} asks: {self.questions[question]}\nAnswer:"
 
     def _asked(self, count: int, seed: int) -> Iterator[tuple[int, str, Tensor]]:
-        """A question, its prompt and a member's ranking (ranks), `count` times, the questions in turn."""
+        """Yield `count` times a question, its prompt and a member's ranks; the questions take turns."""
         generator = torch.Generator().manual_seed(seed)
         names = torch.randint(len(ASKERS), (count,), generator=generator).tolist()
         turns = math.ceil(count / len(self.phi))
@@ -789,8 +789,8 @@ class Population:
             yield question, self.prompt(ASKERS[names[i]], question), rankings[question][turn]
 
     def favourites(self, count: int, seed: int) -> Iterator[dict]:
-        """What members answer when asked: the favourite of each.  The reference learns from these, and from words that
-        answer nothing: all of them, as it would not know that an answer ends which nobody gives."""
+        """Records for the reference: questions, each with a random member's favourite, and `NAME says:`
+        records that go through all answers, so that it also learns to end an answer that nobody gives."""
         names, words = itertools.cycle(ASKERS), itertools.cycle(itertools.chain(*self.answers))
         for i, (question, prompt, ranks) in enumerate(self._asked(count, seed)):
             yield {"prompt": prompt, "chosen": " " + self.answers[question][int(ranks.argmin())]}
@@ -798,7 +798,7 @@ class Population:
                 yield {"prompt": f"{next(names)} says:", "chosen": " " + next(words)}
 
     def judgements(self, count: int, seed: int) -> Iterator[dict]:
-        """Two answers, drawn evenly, judged by a random member; with the true dispersion of the question."""
+        """Pairs of answers, drawn uniformly and judged by a random member, with the question's true phi."""
         rng = np.random.default_rng(seed)
         for question, prompt, ranks in self._asked(count, seed):
             better, worse = sorted(rng.choice(6, size=2, replace=False).tolist(), key=ranks.__getitem__)
@@ -806,8 +806,8 @@ class Population:
                    "rejected": " " + self.answers[question][worse], "dispersion": self.phi[question].item()}
 
     def measure(self, logp: Tensor, ref_logp: Tensor) -> dict[str, float]:
-        """What a policy does to this population: exact sums over the answers, means over the names and questions, of
-        the KL also over the agreed and over the disputed half of the questions.
+        """What a policy does to this population: exact sums over the answers, averaged over names and
+        questions; the KL also over the agreed half and the disputed half of the questions.
         logp, ref_logp: (Q, N, A) log-probability of every answer to every question asked by every name."""
         p, r = logp.double().log_softmax(-1), ref_logp.double().log_softmax(-1)         # (Q, N, A)
         reward = (logp - ref_logp).double()
@@ -816,7 +816,7 @@ class Population:
         agree = torch.where(lead > 0, wins, 1 - wins).where(lead != 0, 0.5)             # (Q, N, pairs)
         found = {
             "kl": (p.exp() * (p - r)).sum(-1),
-            "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),  # over the reference
+            "win_rate": torch.einsum("qni,qij,qnj->qn", p.exp(), self.wins, r.exp()),  # against the reference
             "consensus_rank": (p.exp() * torch.arange(6, dtype=F64)).sum(-1),       # 0: always the favourite
             "reward_accuracy": agree.mean(-1),                 # share of members who agree with the reward
             "entropy": -(p.exp() * p).sum(-1),
@@ -846,21 +846,21 @@ class Population:
                 "tokenizer_config.json": json.dumps(settings).encode()}
 
 
-# Methods are compared where they have moved equally far from the reference: at these KLs, nats.
+# Methods are compared where they have moved equally far from the reference: at these KLs (nats).
 MATCHED_KL = (0.15, 0.2)
-# Which way is good, and what is no difference: about the standard deviation over seeds (tests/demo_seeds.py).
+# +1: higher is better, -1: lower; then the change that counts as none, about the sd by seed (demo_seeds.py).
 MEASURES = {"win_rate": (+1, 0.001), "consensus_rank": (-1, 0.01), "reward_accuracy": (+1, 0.005)}
 
 
 def report(population: Population, runs: list[dict], records: list[dict]) -> tuple[dict, str]:
-    """Compare methods that were trained with several betas: the content of report.json, and a text.
-    runs: {"method", "beta", and the means of what Population.measure says}; records: a run's dispersion.jsonl."""
+    """Compare methods, each trained with several betas: the content of report.json, and a text.
+    runs: {"method", "beta", "power", and Population.measure's results}; records: a run's dispersion.jsonl."""
     seen = [[] for _ in population.phi]
     for record in records:
-        line = int(record["where"].rpartition(":")[2]) - 1         # the file asks the questions in turn
+        line = int(record["where"].rpartition(":")[2]) - 1         # the lines take the questions in turn
         seen[line % len(seen)].append(record["entropy"])
     index = [float(np.mean(each)) if each else math.nan for each in seen]
-    known = ~np.isnan(index)                                       # in few steps not every question is asked
+    known = ~np.isnan(index)                                       # a short run does not reach every question
     correlation, told = math.nan, "there was no dispersion index"
     if known.sum() > 1:
         ranks = np.argsort(np.argsort(np.array(index)[known]))     # phi rises from question to question
@@ -872,7 +872,7 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
     lines = [f"--- report: {len(population.questions)} questions, asked by {len(NEW_ASKERS)} names "
              "never trained on; all figures are exact sums",
              told,
-             f"reward accuracy that nobody can pass, as people disagree: {population.best_accuracy():.4f}\n",
+             f"highest possible reward accuracy, as people disagree: {population.best_accuracy():.4f}\n",
              lay_out([{name: run[name] for name in columns} for run in runs])]
     if any(run["method"] == "dpo" for run in runs):
         lines += [compare_at(kl, runs) for kl in MATCHED_KL]
@@ -880,9 +880,9 @@ def report(population: Population, runs: list[dict], records: list[dict]) -> tup
 
 
 def compare_at(kl: float, runs: list[dict]) -> str:
-    """A line for each method but DPO: where it stands beside DPO at this KL."""
+    """A line for each method except DPO: its difference from DPO at this KL."""
     reached = {run["method"]: at_kl(runs, run["method"], kl) for run in runs}
-    dpo, lines = reached.pop("dpo"), [f"\nbeside dpo at KL {kl} nats, between two betas"]
+    dpo, lines = reached.pop("dpo"), [f"\nbeside dpo at KL {kl} nats, interpolated between two betas"]
     for name, row in reached.items():
         words = []
         for key, (good, same) in MEASURES.items() if dpo and row else ():
@@ -897,8 +897,8 @@ def compare_at(kl: float, runs: list[dict]) -> str:
 
 
 def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
-    """A method's figures at this KL, interpolated between two betas, in the root of the KL, in which they are nearly
-    straight lines; None: it has no runs on both sides."""
+    """A method's figures at this KL, interpolated between two betas; None if it has no runs on both sides.
+    Linear in the square root of the KL, in which the figures are nearly straight lines."""
     path = sorted((run for run in runs if run["method"] == method), key=lambda run: run["kl"])
     for low, high in itertools.pairwise(path):
         if low["kl"] <= kl < high["kl"]:
@@ -911,7 +911,7 @@ def at_kl(runs: list[dict], method: str, kl: float) -> dict[str, float] | None:
 # 7. What to run, print and draw.
 
 class Panel(NamedTuple):
-    """How rows are shown: a picture of y by x, in a panel for each value of `facet` a line for each value of `by`."""
+    """How rows are shown: y plotted by x, one panel per value of `facet`, one line per value of `by`."""
     x: str
     y: str
     by: str
@@ -919,14 +919,14 @@ class Panel(NamedTuple):
     ylabel: str
     facet: str = ""
     log: str = ""             # which axes are logarithmic
-    lines: tuple = ()         # the lines to draw, if not the first five
-    grid: bool = True         # printed as it is drawn, y by x; else rows as they are
-    se: str = "se"            # standard error of y
+    lines: tuple = ()         # values of `by` to draw; (): the first five
+    grid: bool = True         # print a grid, y by x, as drawn; False: print the rows as they are
+    se: str = "se"            # the key of y's standard error
 
 
 INDICES = ("phi, best index", "dpo", "phi, entropy proxy", "phi, shuffled index")
 ONLINE = ("D2PO, known", "iterated DPO, known", "D2PO, none", "iterated DPO, none")
-EXPERIMENTS = {               # name -> a function of the options (its docstring is printed), how its rows are shown
+EXPERIMENTS = {               # name -> a function of opt (its docstring is printed), how its rows are shown
     "spearman": (spearman, Panel(
         "phi", "largest error", "n", "dispersion phi", "exact probability - theta link, largest", grid=False)),
     "optimum": (optimum, Panel(
@@ -964,7 +964,7 @@ def pivot(rows: list[dict], panel: Panel) -> list[dict]:
 
 
 def lay_out(rows: list[dict]) -> str:
-    """Rows as the text of a table."""
+    """Format rows as a table."""
     head = list(dict.fromkeys(key for row in rows for key in row))
     lines = [head, *([row.get(key, "") for key in head] for row in rows)]
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in line] for line in lines]
@@ -973,11 +973,11 @@ def lay_out(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], panel: Panel, path: Path) -> None:
-    """Save the picture, if matplotlib is there."""
+    """Save the picture, if matplotlib is installed."""
     try:
         import matplotlib.figure
     except ImportError:
-        say_once("no pictures: for those, pip install matplotlib")
+        say_once("no pictures: matplotlib is not installed (pip install matplotlib)")
         return
     matplotlib.rcParams["font.size"] = 14
     facets = list(dict.fromkeys(row.get(panel.facet) for row in rows))
@@ -996,7 +996,7 @@ def draw(rows: list[dict], panel: Panel, path: Path) -> None:
 
 
 def perform(experiments: dict, opt) -> None:
-    """Of each what it is and its table, NAME.json and NAME.png in opt.out; then the verdict on all claims."""
+    """Print each docstring and table, write NAME.json and NAME.png to opt.out; then print the verdict."""
     torch.set_num_threads(1)                  # the matrices are tiny: more threads only wait for each other
     opt.out.mkdir(parents=True, exist_ok=True)
     claims, start = [], time.time()
@@ -1012,16 +1012,16 @@ def perform(experiments: dict, opt) -> None:
         claims += result.claims
     print(f"\nVerdict ({opt.seeds} seeds, {time.time() - start:.0f} s)")
     for claim, holds, found in claims:
-        verdict = "holds" if holds else "DOES NOT"
+        verdict = "holds" if holds else "FAILS"
         print(f"  {verdict:<9} {claim:<74} {found}")
 
 
 def number(kind: type, low: float, high: float) -> Callable:
-    """An argparse type: a number of this kind in [low, high]."""
+    """An argparse type for a number of this kind in [low, high]."""
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
     return number
 
 
@@ -1030,13 +1030,13 @@ def main(about: str = __doc__, experiments: dict = EXPERIMENTS):
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("experiment", nargs="?", default="all", choices=["all", *experiments], help="default: all")
-    flag("--n", type=number(int, 2, 30), default=5, help="answers to a prompt (5)")
-    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions (each experiment has its own)")
-    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="pairs per prompt (each experiment has its own)")
+    flag("--n", type=number(int, 2, 30), default=5, help="answers per prompt (5)")
+    flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions phi (default: by experiment)")
+    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="pairs per prompt (default: by experiment)")
     flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
-    flag("--beta", type=number(float, .001, 1000), default=1.0, help="of optimum, samples: pull to ref (1)")
-    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of optimum, growth, frontier (all)")
-    flag("--seed", type=number(int, 0, 2**31), default=0, help="of the random numbers (0)")
+    flag("--beta", type=number(float, .001, 1000), default=1.0, help="in optimum, samples: pull to ref (1)")
+    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="in optimum, growth, frontier (all)")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="seed of the random numbers (0)")
     flag("--out", type=Path, default=Path("out/bandit"), help="folder of NAME.json and NAME.png (out/bandit)")
     opt = parser.parse_args()
     chosen = experiments if opt.experiment == "all" else {opt.experiment: experiments[opt.experiment]}

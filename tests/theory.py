@@ -1,9 +1,9 @@
 """Two formulas of the paper, checked: the dispersion index as an estimate of lam, and phi's link as it is printed.
 
     python tests/theory.py                          both, in seconds
-    python tests/theory.py estimate --seeds 100     one of them (--pairs: how many answers)
+    python tests/theory.py estimate --seeds 100     one of them (--pairs: numbers of answers)
 
-Flags, tables, pictures and files are as bandit.py's.
+Flags, tables, pictures and files are those of bandit.py.
 """
 import math
 import sys
@@ -47,15 +47,15 @@ def lam_of_disagreement(rate: Tensor, n: int) -> Tensor:
 
 
 def paper_proxy(n: int, entropy: Tensor, over: Tensor) -> Tensor:
-    """The paper's estimate of lam: -log of the normalised entropy, times what makes it right on average."""
+    """The paper's lam: -log of the normalised entropy, scaled to have the right mean over the lams `over`."""
     weight = lambda entropy: dispersion_weight(entropy / math.log(n), 1.0)
     return weight(entropy) * over.mean() / weight(favourite_entropy(n, over)).mean()
 
 
 def estimate(opt) -> Result:
-    """lam from few answers, root mean square error.  The paper's proxy, -log of the normalised entropy times a
-    constant, orders prompts rightly but is not proportional to lam; the inverted entropy is, with a pseudo-count.
-    (Estimates end before lam = 50: where they can be infinite, how bad they are in the mean is arbitrary.)"""
+    """Root mean square error of lam from few answers.  The paper's proxy, -log of the normalised entropy
+    times a constant, orders prompts correctly but is not proportional to lam; inverted entropy with a
+    pseudo-count is.  (Estimates end at 50; where they could be infinite, the mean error is arbitrary.)"""
     lam, fine = to_lam(opt.phis or np.arange(1, 20) / 20), to_lam(torch.linspace(.99, .01, 99, dtype=F64))
     rng, size = np.random.default_rng(opt.seed), (opt.seeds, len(lam))
     rows, curves = [], []
@@ -88,20 +88,20 @@ def estimate(opt) -> Result:
 
 
 def as_printed(h: Tensor, lam: Tensor) -> Tensor:
-    """g(h) of the paper's Eq. 11 word for word, to show what the stable form is for."""
+    """g(h) exactly as printed in the paper's Eq. 11, to show why a stable form is needed."""
     a, phi = h.abs(), torch.exp(-lam)
     g = (a + 1) / (1 - phi ** (a + 1)) - a / (1 - phi ** a)
     return torch.where(h > 0, g, 1 - g)
 
 
 def kendall_link(opt) -> Result:
-    """phi's link as printed fails in float32: not a number at h = 0, where training starts, noise at small lam,
-    log 0 for h << 0.  The stable form has none of that, and bridges the jump at 0 without moving an integer gap."""
+    """As printed, phi's link fails in float32: nan at h = 0, where training starts, noise at small lam, log 0
+    for h << 0.  The stable form has none of this, and bridges the jump at 0 without moving integer gaps."""
     h = torch.cat([-torch.logspace(4, -3, 29), torch.zeros(1), torch.logspace(-3, 4, 29)])
     lam = to_lam(opt.phis).float() if opt.phis else torch.tensor([1e-6, 1e-4, .01, .1, .7, 3., 30.])
     lam, exactly = lam[:, None], lam.to(F64)
     printed, ours = -torch.log(as_printed(h, lam)), LINKS["mallows-phi"](h, lam)        # (lams, h)
-    right = LINKS["mallows-phi"](h.to(F64), exactly[:, None])     # the tests hold this against 50 digits
+    right = LINKS["mallows-phi"](h.to(F64), exactly[:, None])     # test_mallowspo.py checks it to 1e-12
     normal = right > 1e-37                                        # below, float32 itself has fewer digits
     usable = torch.isfinite(printed) & normal & (h.abs() >= BRIDGE)
     error = lambda loss, where: torch.where(where, (loss / right - 1).abs(), 0).amax(-1)
@@ -121,7 +121,7 @@ def kendall_link(opt) -> Result:
 
 EXPERIMENTS = {
     "link": (kendall_link, Panel(
-        "h", "g", "link", "h (ranks)", "g(h), chance to be preferred", grid=False)),
+        "h", "g", "link", "h (ranks)", "g(h), probability of being preferred", grid=False)),
     "estimate": (estimate, Panel(
         "lam", "guess", "n", "true lam = -log phi", "estimate, infinite data", grid=False)),
 }
