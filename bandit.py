@@ -478,7 +478,7 @@ def pair_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Te
 
 
 def advantage_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """(S,) APA's loss (2306.02231): beta * log-ratio of an answer should be its advantage, +-1/2."""
+    """(S,) APA's (2306.02231): weight * beta * log-ratio should be the advantage over the other, +-1/2."""
     gap = weight[..., None] * beta * (logp - ref_logp) - torch.tensor([.5, -.5], dtype=F64)
     return gap.square().sum(-1).mean((-2, -1))
 
