@@ -690,7 +690,7 @@ def diffusion(opt) -> Result:
     """Diffusion-DPO (2311.12908): the log-ratio is minus the difference of two denoising errors.  Points come
     from four clouds in a plane, and people prefer those on the right; in the lower half they disagree.  With
     the half's dispersion as the weight of a pair, and without: how often a point in the upper half beats one
-    of the reference's, and how far each half drifts."""
+    of the reference's, and how far each half drifts; over 8 seeds at most."""
     torch.manual_seed(opt.seed)
     seeds, rows = min(opt.seeds, 8), []
     paths = {"none": [], "known": []}           # lists of (3, S): win rate, upper and lower drift
@@ -1032,7 +1032,7 @@ def main(about: str = __doc__, experiments: dict = EXPERIMENTS):
     flag("experiment", nargs="?", default="all", choices=["all", *experiments], help="default: all")
     flag("--n", type=number(int, 2, 30), default=5, help="answers per prompt (5)")
     flag("--phis", type=number(float, .001, .999), nargs="+", help="dispersions phi (default: by experiment)")
-    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="pairs per prompt (default: by experiment)")
+    flag("--pairs", type=number(int, 1, 10**7), nargs="+", help="pairs per prompt; trust, online: the first")
     flag("--seeds", type=number(int, 1, 10_000), default=20, help="independent repetitions (20)")
     flag("--beta", type=number(float, .001, 1000), default=1.0, help="in optimum, samples: pull to ref (1)")
     flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="in optimum, growth, frontier (all)")
