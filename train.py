@@ -1,16 +1,16 @@
 """Preference-train a language model with MallowsPO, DPO and their kin.
 
-    python train.py                                                  the demo: made on the spot, three minutes on a CPU
+    python train.py                                                  demo on made-up data: 3 minutes on a CPU
     python train.py --model DIR --data pairs.jsonl                   a Hugging Face folder, on your own pairs
     torchrun --standalone --nproc-per-node=8 train.py --model ...    the same steps on eight GPUs
 
-The reference is the model before its first step: it scores every pair once, into a file, and its entropies give the
-dispersion index; never are two models in memory.  The file reads from the method outwards:
+The reference is the model before its first step.  It scores every pair once, into a file, and its entropies
+give the dispersion index; so there are never two models in memory.  The file reads from the method outwards:
 
     1. the method and the loop          score_pairs, train_step, train, evaluate, learning_rate
     2. the reference and the weights    score_reference, prompt_weights, verdict
     3. settings and flags               Config, parse_flags
-    4. the job                          fit: from a folder and a file to a trained folder
+    4. the job                          fit: from a model folder and a file of pairs to a trained folder
     5. processes                        World: one, or many under torchrun
     6. the optimiser                    AdamW
     7. the run's folder                 lock, JSON and logs, reference file, checkpoints, resuming, final save
@@ -57,8 +57,8 @@ from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, rea
 # 1. The method and the loop
 
 def score_pairs(policy, method: Method, split: Split, indices: list[int], step: int, world: World) -> Outcome:
-    """Run the policy on these pairs, packed into one row of tokens: the loss of each, and what else Outcome has.  The
-    step only chooses the tokens of methods that draw some."""
+    """Run the policy on these pairs, packed into one row of tokens -> their losses and the rest of Outcome.
+    `step` only seeds the random draw of tokens, in methods that draw some (token_weights "sample")."""
     row = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)        # prompt, chosen, rejected
     at = to_device(indices, world.device)
     with world.autocast():
@@ -73,25 +73,25 @@ def score_pairs(policy, method: Method, split: Split, indices: list[int], step: 
 
 
 def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float]]:
-    """One step of the optimiser -> its figures, and the accuracy of every pair of the batch before the step."""
-    batch, world = split.schedule.batch(step), run.world                # pairs of all ranks, by number
-    rows = split.schedule.rows(step, world.rank, world.size)            # of this rank; all ranks have equally many
+    """One step of the optimiser -> its figures, and the accuracy on each pair of the batch before it."""
+    batch, world = split.schedule.batch(step), run.world                # pair numbers, of all ranks
+    rows = split.schedule.rows(step, world.rank, world.size)            # this rank's; all have equally many
     outcomes = []
     for indices in rows:
         with gradient_sync(run.policy, world, now=indices is rows[-1]):
             # --- the method: everything else in this file is bookkeeping ------------------------------------
             outcome = score_pairs(run.policy, run.cfg.method, split, indices, step, world)
-            loss = outcome.loss.sum() / len(batch)                      # neither ranks nor rows change the step
+            loss = outcome.loss.sum() / len(batch)                      # same for any number of ranks, rows
             # ------------------------------------------------------------------------------------------------
             run.scaler.scale(loss * world.size).backward()              # DDP takes the mean over ranks, not the sum
         outcomes.append(torch.stack(outcome).detach())                  # (7, B)
-        del outcome, loss                                               # or this row's logits stay beside the next's
+        del outcome, loss                                               # or two rows' graphs are in memory
     outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
     places = to_device([batch.index(i) for indices in rows for i in indices], world.device)
     of_pairs = torch.zeros(2, len(batch), device=world.device)
     of_pairs[:, places] = outcomes[:2]                                  # the loss and the accuracy
     losses, accuracy = world.sum_over_ranks(of_pairs)                   # (pairs of all ranks), in the batch's order
-    sums = world.sum_over_ranks(outcomes.sum(1)).tolist()               # of each field of Outcome
+    sums = world.sum_over_ranks(outcomes.sum(1)).tolist()               # one per field of Outcome
     bad = [i for i, sound in zip(batch, losses.isfinite().tolist()) if not sound]
     norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
     figures = {name: total / len(batch) for name, total in zip(Outcome._fields, sums)}
@@ -99,7 +99,7 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
 
 
 def train(run: Run, splits: list[Split]) -> None:
-    """Take the steps that are left, on splits[0]; what follows it is held out.  run.on_step(step, model) is called
+    """Take the remaining steps on splits[0]; the others are held out.  run.on_step(step, model) is called
     before each step and after the last."""
     cfg, split = run.cfg, splits[0]
     for step in range(run.state["step"], split.steps + 1):
@@ -117,18 +117,18 @@ def train(run: Run, splits: list[Split]) -> None:
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
                 weigh_prompts(cfg, splits, run.state)
-        save_if_due(run, step + 1, split.steps)                         # and end here if a signal asks for it
+        save_if_due(run, step + 1, split.steps)                         # stops here if a signal asked for it
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, method: Method, held_out: Split, world: World) -> dict[str, float]:
-    """Means of the outcome over all held-out pairs, each of which is in one row of one rank; and the accuracy in each
-    quarter of them, by the dispersion index."""
+    """Means of the Outcome fields over all held-out pairs, each of which is in one row of one rank; and the
+    accuracy in each quarter of the pairs, sorted by the dispersion index."""
     total = torch.zeros(len(Outcome._fields), device=world.device)
     accuracy = torch.zeros(len(held_out.pairs), device=world.device)
     for step in progress(world, "held out", range(held_out.steps), held_out.steps, "batches"):
         for row in held_out.schedule.rows(step, world.rank, world.size):
-            outcome = score_pairs(model, method, held_out, row, 0, world)     # drawn tokens: always the same
+            outcome = score_pairs(model, method, held_out, row, 0, world)     # step 0: same draw each time
             total += torch.stack([value.sum() for value in outcome])    # (7,)
             accuracy[to_device(row, world.device)] = outcome.accuracy
     means = world.sum_over_ranks(total) / len(held_out.pairs)
@@ -140,7 +140,7 @@ DECAYS = {"cosine": lambda t: (1 + math.cos(math.pi * t)) / 2, "linear": lambda 
 
 
 def learning_rate(cfg: Config, step: int, steps: int) -> float:
-    """A linear rise over the share `warmup` of the steps, then the decay."""
+    """Rise linearly over the first `warmup` (a share) of the steps, then decay."""
     rise = math.ceil(cfg.warmup * steps)
     if step < rise:
         return cfg.lr * (step + 1) / (rise + 1)
@@ -148,25 +148,25 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. The reference and the weights: the model before step 1 scores each pair once, into a file
+# 2. The reference and the weights: the model before its first step scores each pair once, into a file
 
 SCORES_SECONDS = 60                                # between writes of the reference's scores
-PROGRESS_SECONDS = 10                              # between lines on what takes long
+PROGRESS_SECONDS = 10                              # between progress lines
 
 
 def score_reference(model: Transformer, path: Path, key: str, splits: list[Split], world: World) -> dict[bytes, Scores]:
-    """Score the pairs that the file lacks, each in the first row that has it; every rank gets all scores.
+    """Score the pairs that the file lacks, each in the first row that has it -> all scores, on every rank.
 
-    The rows are those of training, so what is scored here the policy's first step scores alike, to the last bit.
-    A pass that is interrupted goes on from what is in the file."""
+    The rows are those of training, so the policy's first step gives the same scores, to the last bit.
+    After an interruption, the next call scores only what is not in the file yet."""
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
-            for row in split.schedule.all_rows(step, world.size)]  # of all ranks: those of rank r are rows[r::size]
+            for row in split.schedule.all_rows(step, world.size)]  # all ranks' rows; rank r has rows[r::size]
     first = {pair.digest(): i for i in reversed(range(len(rows))) for pair in rows[i]}
     known = write_reference(path, key, {})
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
-    turns = sorted({first[digest] // world.size for digest in missing})                   # of all ranks, at once
+    turns = sorted({first[digest] // world.size for digest in missing})  # in each, every rank scores a row
     began = saved = time.perf_counter()
     fresh = {}                                                     # scores that are not in the file yet
     try:
@@ -185,13 +185,13 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
         world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
     known = write_reference(path, key, {})
     if not first.keys() <= known.keys():
-        raise RunFailed(f"{path}: lacks scores of another process; on several machines it must be the same file")
+        raise RunFailed(f"{path}: lacks the scores of another process; all machines must share this file")
     return known
 
 
 @torch.no_grad()
 def score_row(model: Transformer, row: list[Pair], world: World) -> list[Scores]:
-    """What the model, as the reference, says of the pairs of one row."""
+    """Score the pairs of one row with the model, which is the reference."""
     packed = collate([pair[:3] for pair in row], BRANCHES, world.device)
     with world.autocast():
         scores = torch.stack(model(*packed.inputs(), entropy=True)).cpu().numpy()         # (2, N): waits for a GPU
@@ -203,26 +203,26 @@ def score_row(model: Transformer, row: list[Pair], world: World) -> list[Scores]
 
 
 def fingerprint(model: Transformer, world: World) -> str:
-    """A hash of all weights and of how they are computed with."""
+    """A hash of all weights and of what else sets the scores: device, dtype, config, compiled or not."""
     how = f"{world.device.type} {world.dtype} {model.config}"
     digest = hashlib.sha256((f"{how} compiled" if model.compiled else how).encode())
     for name, _ in model.named_parameters():
-        if not name.endswith((".A", ".B")):                        # LoRA's: they change nothing yet
+        if not name.endswith((".A", ".B")):                        # LoRA's, which change nothing yet: B is 0
             digest.update(name.encode())
             digest.update(model.merged_weight(name).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-# What --dispersion may take from each record: its field, and the phi that its values stand for, given those of the
-# training pairs.
+# The values of --dispersion that read a field of the records: the field, and the function that turns its
+# values into phi, given those of the training pairs.
 RECORD_PHI = {"field": ("dispersion", lambda phi, training: phi),
               "votes": ("votes", lambda votes, training: mallowspo.lam_of_votes(votes).neg().exp()),  # (P, 2) -> (P,)
               "scores": ("scores", mallowspo.phi_of_scores)}
 
 
 def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -> None:
-    """Put the mean over all references in the place of the first, whose scores are in `path`; those of each other one
-    are kept in a file beside it, and one model at a time is in memory."""
+    """Replace the first reference's log-probabilities by the mean over all references.  The scores of the
+    first are in `path`, those of each other one in a file beside it; one model at a time is in memory."""
     logps = [[each.ref_logp] for each in splits]
     for number, name in enumerate(cfg.references, 2):
         model = open_model(cfg, world.on_rank0(find_model, name), world)
@@ -231,12 +231,12 @@ def mix_references(cfg: Config, splits: list[Split], path: Path, world: World) -
         del model                                                  # before the next one is opened
         for each, found in zip(splits, logps):
             found.append(each.sum_scores(scores)[0].to(each.ref_logp))
-    for each, found in zip(splits, logps):                         # found: (P, 2) of each reference
+    for each, found in zip(splits, logps):                         # found: (P, 2) for each reference
         each.ref_logp = mallowspo.mixed_reference(cfg.method, torch.stack(found)).to(each.ref_logp)
 
 
 def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) -> None:
-    """The index and the weight of every prompt; splits[0] is trained on."""
+    """Set the index and the weight of every prompt, and print a summary; splits[0] has the training pairs."""
     method = cfg.method
     if method.dispersion == "constant":
         return
@@ -255,8 +255,8 @@ def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) 
 
 
 def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
-    """The weight of every prompt, with mean 1 over those of splits[0], which are trained on.  A power that is learned
-    is the one that the pairs visited so far bear out: it follows from the steps behind, so that resuming is exact."""
+    """Set the weight of every prompt; without --phi-star, its mean over the training pairs (splits[0]) is 1.
+    A learned power is fitted to the pairs visited so far: only past steps matter, so resuming is exact."""
     power, seen = cfg.power, splits[0].index[splits[0].visited()]
     if power == "learn":
         low, high = mallowspo.POWERS
@@ -269,15 +269,15 @@ def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
 
 
 def first_visits(split: Split, state: dict) -> tuple[Tensor, list[int]]:
-    """Of the pairs that were visited after step 0, in order: whether the policy got each right when it met it for the
-    first time (1; 1/2: a tie; 0), which is what fit_trust asks, and its number."""
+    """For the pairs visited after step 0, in order: whether the policy got each right when it first met it
+    (1: yes, 0: no, 1/2: a tie), as fit_trust needs it; and the numbers of these pairs."""
     order = [i for step in split.first_epoch()[1:] for i in split.schedule.batch(step)]
     agrees = torch.tensor(state["agrees"][:len(order)])
     return agrees, order[:len(agrees)]
 
 
 def verdict(split: Split, state: dict) -> dict | None:
-    """What the pairs said of the index, for run.json, with the meaning in words; None where there was no index."""
+    """How well the index predicted agreement, in numbers and words, for run.json; None: nothing to judge."""
     agrees, met = first_visits(split, state)
     index, power = split.index[met], state["run"]["dispersion_power"]
     if not len(agrees) or index.isnan().all():
@@ -287,7 +287,7 @@ def verdict(split: Split, state: dict) -> dict | None:
     if found.kappa > 2 * found.se:
         meaning = "the index orders these pairs by agreement"
     if found.kappa < -2 * found.se:
-        meaning = "the index orders these pairs the wrong way round: people agree less where it says more"
+        meaning = "the index orders these pairs in reverse: people agree less where it says they agree more"
     used = f"at the end its power was {power:.2f}" if power else "it was not in use at the end: all weights were 1"
     right = " ".join(f"{x:.3f}" for x in quarters if x is not None)
     meaning += (f": trust {found.kappa:+.2f} +- {found.se:.2f} from {len(agrees):,} pairs, accuracy by quartile of the "
@@ -296,7 +296,7 @@ def verdict(split: Split, state: dict) -> dict | None:
 
 
 def dispersion_entries(method: Method, split: Split, state: dict) -> list[dict]:
-    """What became of the dispersion of every pair that is visited and has an index, for dispersion.jsonl."""
+    """The entries of dispersion.jsonl, one for every visited pair that has an index."""
     agrees, met = first_visits(split, state)
     right = dict(zip(met, agrees.tolist()))
     phi = split.index if method.dispersion == "field" else torch.exp(-mallowspo.lam_of(method, split.weight))
@@ -309,7 +309,7 @@ def dispersion_entries(method: Method, split: Split, state: dict) -> list[dict]:
 # 3. Settings: one dataclass; the flags, their types, help and errors come from it
 
 class BadConfig(ValueError):
-    """Settings that cannot be run; the message says which, and what to do."""
+    """Settings that cannot be used; the message says which, and what to do."""
 
 
 def refuse(wrong, why: str) -> None:
@@ -327,29 +327,29 @@ def dashed(name: str) -> str:
 
 
 def learn_or_number(text: str) -> str | float:
-    """A type of flags."""
+    """The argparse type of --dispersion-power."""
     try:
         return text if text == "learn" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither learn nor a number") from None
 
 
-# What a value must be or do, in words, and the test of it.
+# Rules for values: what a value must be or do, in words, and the function that tests it.
 ABOVE_0 = "be a number above 0", lambda v: 0 < v < math.inf
 FROM_0 = "be a number, 0 or above", lambda v: 0 <= v < math.inf
 SHARE = "be from 0 to 1", lambda v: 0 <= v <= 1
 BELOW_HALF = "be from 0 to below 0.5", lambda v: 0 <= v < 0.5
 POWER = "be learn, or from 0 to 8", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1])
 FINITE = "be a number", math.isfinite
-PAIRS = "be a share below 1 or a whole number, not below 0", lambda v: 0 <= v < 1 or (v > 0 and v % 1 == 0)
-SEED = "be 0 to below 2^32", lambda v: 0 <= v < 2 ** 32
-NAME = "not be empty, nor hold control characters", lambda v: v and v.isprintable()
+PAIRS = "be a share below 1 or a whole number, not negative", lambda v: 0 <= v < 1 or (v > 0 and v % 1 == 0)
+SEED = "be from 0 to below 2^32", lambda v: 0 <= v < 2 ** 32
+NAME = "not be empty or contain control characters", lambda v: v and v.isprintable()
 NAMES = "name files or folders", lambda v: all(name and name.isprintable() for name in v)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TERMS = ("dispersion", "token_weights", "clip_rejected", "length_term", "smoothing", "focal", "advantage", "references")
 PARTS = {**mallowspo.PARTS, "reference_mix": "references", "reference_clip": "references",
-         "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank"}     # what each is a part of
+         "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank"}     # what each needs
 
 
 @dataclass(frozen=True)
@@ -357,43 +357,44 @@ class Config:
     """Preference-train a language model (without --model: the demo)."""
     model: str | None = flag(None, "Hugging Face folder: config.json, safetensors, tokenizer.json", NAME)
     data: tuple[str, ...] | None = flag(None, "files of pairs: .jsonl, .json, .csv (.gz), .parquet; or hf://...", NAMES)
-    eval_data: tuple[str, ...] | None = flag(None, "held-out pairs", NAMES)
-    columns: tuple[str, ...] | None = flag(None, "names of columns in --data: prompt=question chosen=good ...")
+    eval_data: tuple[str, ...] | None = flag(None, "files of held-out pairs", NAMES)
+    columns: tuple[str, ...] | None = flag(None, "which columns hold what: prompt=question chosen=good ...")
     eval_pairs: float = flag(0, "without --eval-data: hold out this many pairs of --data; below 1: this share", PAIRS)
-    out: str = flag("out", "folder for the model and all records", NAME)
+    out: str = flag("out", "folder for the trained model and all logs", NAME)
     reference: str | None = flag(None, "file for the reference's scores (default: in OUT/cache)", NAME)
-    references: tuple[str, ...] | None = flag(None, "folders of further references, for a mean with --model", NAMES)
-    loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; flags to --reference-clip change it")
-    dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of a prompt's weight")
-    beta: float | None = flag(None, "pull to the reference", ABOVE_0)
+    references: tuple[str, ...] | None = flag(None, "more reference folders, averaged with --model", NAMES)
+    loss: Literal[tuple(LOSSES)] = flag("mallows-theta", "row of mallowspo.LOSSES; the flags from "
+                                           "--dispersion to --reference-clip override its settings")
+    dispersion: Literal[("constant", "entropy", *RECORD_PHI)] | None = flag(None, "source of the weights")
+    beta: float | None = flag(None, "strength of the pull towards the reference", ABOVE_0)
     alpha: float | None = flag(None, "share of the reference in the reward", SHARE)
-    eta: float | None = flag(None, "1: log-ratios per token", SHARE)
-    margin: float | None = flag(None, "lead that the chosen response must have", FINITE)
+    eta: float | None = flag(None, "0: sum the log-ratios over tokens; 1: average them", SHARE)
+    margin: float | None = flag(None, "by how much the chosen response must lead", FINITE)
     sft: float | None = flag(None, "weight of the chosen response's negative log-likelihood", FROM_0)
     token_weights: Literal[("equal", *TOKEN_WEIGHTS)] | None = flag(None, "which tokens count more than others")
-    token_decay: float | None = flag(None, "of decay: a token's weight, as a share of that of the one before", SHARE)
-    token_cap: float | None = flag(None, "of difference: the most that is added to a token's weight of 1", FROM_0)
-    clip_rejected: bool | None = flag(None, "no more push on a rejected response that is below the reference")
-    length_term: float | None = flag(None, "what a longer chosen response is ahead by, per token", FINITE)
-    smoothing: float | None = flag(None, "share of the labels held to be wrong", BELOW_HALF)
-    unbiased: bool | None = flag(None, "subtract what wrong labels do on average, instead of imitating them")
+    token_decay: float | None = flag(None, "with decay: a token's weight as a share of the one before", SHARE)
+    token_cap: float | None = flag(None, "with difference: the most added to a token's weight of 1", FROM_0)
+    clip_rejected: bool | None = flag(None, "do not push a rejected response further below the reference")
+    length_term: float | None = flag(None, "added to h per extra token of the chosen response", FINITE)
+    smoothing: float | None = flag(None, "share of the labels assumed to be wrong", BELOW_HALF)
+    unbiased: bool | None = flag(None, "subtract the mean effect of wrong labels, instead of adding it")
     focal: float | None = flag(None, "less weight to pairs that the policy gets wrong: g to this power", FROM_0)
-    focal_gradient: bool | None = flag(None, "let the gradient pass through that weight")
-    advantage: float | None = flag(None, 'weight of a likelihood of both responses, by the records\' "rewards"', FROM_0)
-    advantage_beta: float | None = flag(None, "rewards by which the weight in that likelihood grows e-fold", ABOVE_0)
+    focal_gradient: bool | None = flag(None, "let the gradient pass through the weight of --focal")
+    advantage: float | None = flag(None, 'weight of a likelihood of both responses, from "rewards"', FROM_0)
+    advantage_beta: float | None = flag(None, "reward that makes that likelihood weigh e times more", ABOVE_0)
     reference_mix: Literal["adaptive", "equal"] | None = flag(None, "weights of several references")
     reference_clip: float | None = flag(None, "how far the others may be from the first, as a share of it", SHARE)
-    phi_star: float | None = flag(None, "scale of the dispersion weight (default: so that its mean is 1)", ABOVE_0)
-    dispersion_power: float | str | None = flag(None, "0: DPO, 1: the paper, up to 8; learn: what the pairs bear out "
-                                                "(default: 1, of scores learn)", POWER, type=learn_or_number)
+    phi_star: float | None = flag(None, "scale of the dispersion weight (default: makes its mean 1)", ABOVE_0)
+    dispersion_power: float | str | None = flag(None, "0: DPO, 1: the paper, max 8; learn: fit to the pairs "
+                                                "(default: 1, for scores learn)", POWER, type=learn_or_number)
     lora_rank: int = flag(0, "train updates of this rank beside frozen weights; 0: train all weights", FROM_0)
-    lora_alpha: float | None = flag(None, "scale of the updates, times their rank (default: twice the rank)", ABOVE_0)
+    lora_alpha: float | None = flag(None, "updates are scaled by this / rank (default: 2 * rank)", ABOVE_0)
     lora_targets: tuple[Literal[TARGETS], ...] | None = flag(None, "projections that get an update (default: all)")
-    merge: bool = flag(False, "with --lora-rank: save the whole model too, the updates added to its weights")
-    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA wants 10 to 50 times more", ABOVE_0)
-    warmup: float = flag(0.1, "share of the steps in which the rate rises", SHARE)
+    merge: bool = flag(False, "with --lora-rank: also save the whole model with the updates added")
+    lr: float = flag(1e-6, "peak learning rate of AdamW; LoRA needs 10 to 50 times more", ABOVE_0)
+    warmup: float = flag(0.1, "share of the steps during which the rate rises", SHARE)
     decay: Literal[tuple(DECAYS)] = flag("cosine", "how the rate falls afterwards")
-    clip: float = flag(1.0, "largest gradient norm", ABOVE_0)
+    clip: float = flag(1.0, "clip the gradient norm to this", ABOVE_0)
     batch_size: int = flag(64, "pairs per step, over all GPUs", ABOVE_0)
     epochs: int | None = flag(None, "passes over the data (default: 1)", ABOVE_0)
     steps: int | None = flag(None, "stop after this many steps instead", ABOVE_0)
@@ -401,18 +402,18 @@ class Config:
     tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, compiled 16384)", ABOVE_0)
     checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory per token")
     compile: bool = flag(False, "compile the model's blocks (needs a compiler), and use flex_attention on a GPU")
-    max_dropped: float = flag(0.1, "share of the pairs that may be too long before it is an error", SHARE)
-    skip_bad: bool = flag(False, "pass over bad records, and count them, instead of stopping")
+    max_dropped: float = flag(0.1, "stop if more than this share of the pairs is too long", SHARE)
+    skip_bad: bool = flag(False, "skip and count bad records, instead of stopping")
     eval_every: int = flag(100, "steps between evaluations of the held-out pairs", ABOVE_0)
     log_every: int = flag(1, "steps between progress lines (metrics.jsonl has every step)", ABOVE_0)
-    save_every: int | None = flag(None, "steps between checkpoints, 0: none at all (default: half an hour)", FROM_0)
+    save_every: int | None = flag(None, "steps between checkpoints; 0: none (default: half an hour)", FROM_0)
     resume: bool = flag(False, "continue the run in --out from its newest checkpoint")
-    on_nonfinite: Literal["stop", "skip"] = flag("stop", "what becomes of a step whose loss or gradient is not finite")
-    samples: int = flag(2, "prompts to answer before and after", FROM_0)
-    sample_tokens: int = flag(64, "longest sample", FROM_0)
-    seed: int = flag(0, "order of the data, and sampling", SEED)
-    shard: bool = flag(False, "share the model out over the processes of torchrun (FSDP2), instead of a copy each")
-    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16: updates rounded at random")
+    on_nonfinite: Literal["stop", "skip"] = flag("stop", "what to do if a loss or gradient is not finite")
+    samples: int = flag(2, "prompts to answer before and after training", FROM_0)
+    sample_tokens: int = flag(64, "tokens of the longest answer", FROM_0)
+    seed: int = flag(0, "seed of the data order and of sampling", SEED)
+    shard: bool = flag(False, "split the model over torchrun's processes (FSDP2), instead of a copy in each")
+    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16 rounds at random")
     dry_run: bool = flag(False, "measure the memory that a step takes, and stop")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
     dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
@@ -428,12 +429,12 @@ class Config:
                 refuse(not fits(value), f"{dashed(f.name)} is {value!r}, it must {what}")
         alone = self.model is None
         refuse(alone and self.resume, "--resume is for runs with --model; the demo takes minutes, and starts afresh")
-        refuse(alone and self.data, "--model is missing: a Hugging Face folder (without both, the demo runs)")
+        refuse(alone and self.data, "--model is missing: a Hugging Face folder (for the demo, omit --data)")
         refuse(not alone and not self.data, "--data is missing: a file of preference pairs")
         refuse(not alone and Path(self.model).resolve() == Path(self.out).resolve(),
-               f"--out {self.out} is the folder of --model; choose another one, this would overwrite it")
+               f"--out {self.out} is the folder of --model, which would be overwritten; choose another")
         refuse(self.reference and Path(self.reference).is_dir(),
-               f"--reference {self.reference}: a folder, it should be a file for the reference's scores")
+               f"--reference {self.reference} is a folder, it should be a file for the reference's scores")
         refuse([self.shard, self.lora_rank > 0, self.param_dtype == "bfloat16"].count(True) > 1,
                "--shard, --lora-rank and --param-dtype do not go together; give one of them")
         refuse(self.eval_data and self.eval_pairs, "--eval-pairs is for runs without --eval-data; give one of them")
@@ -444,13 +445,13 @@ class Config:
         for term in TERMS:
             refuse(term in used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
         for term in ("references", "clip_rejected"):
-            refuse(term in used and not method.alpha, f"{dashed(term)} is about the reference, unused with --alpha 0")
+            refuse(term in used and not method.alpha, f"{dashed(term)} is about the reference; --alpha 0 has none")
         for part, whole in PARTS.items():
             refuse(getattr(self, part) not in (None, False) and whole not in used,
                    f"{dashed(part)} needs {dashed(whole)}, which is not in use")
-        refuse(self.loss == "mrpo" and not self.references, "--loss mrpo: --references is missing, one folder or more")
+        refuse(self.loss == "mrpo" and not self.references, "--references is missing: mrpo needs one or more")
         refuse(self.references and method.token_weights != "equal",
-               "--references are mixed response by response: not together with --token-weights")
+               "--references averages whole responses, so it cannot be used with --token-weights")
         refuse(self.power == "learn" and method.dispersion == "constant",
                f"--dispersion-power learn: --loss {self.loss} has no dispersion; give --dispersion a source")
         refuse(self.power == "learn" and self.phi_star,
@@ -464,14 +465,14 @@ class Config:
 
     @property
     def power(self) -> float | str:
-        """--dispersion-power; a scale as arbitrary as that of scores is learned, if nothing else is said."""
+        """--dispersion-power, or its default: 1, but "learn" for scores, whose scale is arbitrary."""
         if self.dispersion_power is None:
             return "learn" if self.method.dispersion == "scores" else 1.0
         return self.dispersion_power
 
 
 def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
-    """Flags -> Config (`defaults` are those of runs without --model), and which flags were given."""
+    """Flags -> Config, and the flags that were given; `defaults` are for runs without --model."""
     parser = argparse.ArgumentParser(prog="train.py", description=Config.__doc__, allow_abbrev=False,
                                      usage="train.py [--model DIR --data FILE] [flags]    (--help lists them)",
                                      argument_default=argparse.SUPPRESS)
@@ -493,7 +494,7 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
 
 
 def flag_kind(hint) -> dict:
-    """What argparse wants to know of a field of this type: a bool, a Literal, X | None, tuple[X, ...], or a class."""
+    """The arguments of add_argument for a type: bool, Literal, X | None, tuple[X, ...], or a class."""
     kind, inner = get_origin(hint), get_args(hint)
     if type(None) in inner:
         return flag_kind(inner[0])
@@ -505,7 +506,7 @@ def flag_kind(hint) -> dict:
 
 
 def config_flags(path: str) -> list[str]:
-    """A JSON file of settings as flags, so that both meet the same checks.  Raises BadConfig or BadModel."""
+    """A JSON file of settings -> flags, to pass the same checks.  Raises BadConfig or BadModel."""
     try:
         settings = read_json(Path(path))
     except OSError as error:
@@ -527,14 +528,14 @@ def config_flags(path: str) -> list[str]:
 # 4. The job
 
 class RunFailed(RuntimeError):
-    """What went wrong in the middle of a run."""
+    """A run that had already begun cannot go on; the message says why."""
 
 
 def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None) -> None:
-    """Everything from a folder and a file to a trained folder; on_step as in `train`."""
+    """The whole job, from a model folder and a file of pairs to a trained folder; on_step as in `train`."""
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
-    folder = world.on_rank0(find_model, cfg.model)                 # the first rank fetches what is on the hub
+    folder = world.on_rank0(find_model, cfg.model)                 # rank 0 downloads what is on the hub
     model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
     check_model(cfg, model, tokenizer, world)
     with contextlib.ExitStack() as inside:
@@ -549,7 +550,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         path = Path(cfg.reference or out / "cache/reference.safetensors")
         scored = method.link and (method.alpha or method.dispersion == "entropy")
         if scored and cfg.reference:
-            write_reference(path, record["model_sha256"], {})      # raises now, while all is as it was, if it cannot
+            write_reference(path, record["model_sha256"], {})      # if it fails, nothing has changed yet
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
@@ -557,9 +558,9 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
             scores = score_reference(model, path, record["model_sha256"], splits, world)
             for each in splits:
                 each.set_reference(scores, model.config.vocab_size, tokens=method.token_weights != "equal")
-            del scores                                             # of all tokens: large
+            del scores                                             # large: they are per token
         if cfg.references:
-            model = None                                           # makes room
+            model = None                                           # frees its memory
             mix_references(cfg, splits, path, world)
             model = open_model(cfg, folder, world)
         prompt_weights(cfg, splits, state, world)
@@ -567,7 +568,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
             write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, splits[0], state))
             write_json(out / "run.json", state["run"])
         asked = splits[-1].pairs[:cfg.samples]
-        before = answer(cfg, model, tokenizer, asked, world)       # resumed or not: the model is the reference here
+        before = answer(cfg, model, tokenizer, asked, world)       # still the reference, even if resuming
         with deferred_signals(world) as signals:
             train(Run(cfg, model, world, state, signals, on_step), splits)
         after = answer(cfg, model, tokenizer, asked, world)
@@ -578,11 +579,11 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
                         [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "before": one, "after": two}
                          for (prompt, chosen, rejected), one, two in zip(texts, before, after)])
             finish(cfg, splits[0], state)
-        world.barrier()                                            # nobody reads the folder before it is whole
+        world.barrier()                                   # no rank reads the folder before it is complete
 
 
 def new_record(cfg: Config, splits: list[Split], model_hash: str) -> dict:
-    """run.json of a run that begins."""
+    """The content of run.json at the start of a run."""
     split, held_out = splits[0], splits[1:]
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     return {"schema": 1, "config": {**asdict(cfg), "resume": False}, "finished": False, "phi_star": None,
@@ -592,7 +593,7 @@ def new_record(cfg: Config, splits: list[Split], model_hash: str) -> dict:
 
 
 def finish(cfg: Config, split: Split, state: dict) -> None:
-    """Write what is known at the end of a run, and say it; the checkpoint goes last."""
+    """Write and print what is known at the end of a run; then the checkpoint is removed."""
     out, record = Path(cfg.out), state["run"]
     record.update(finished=True, skipped=state["skipped"], trust=verdict(split, state))
     if record["trust"]:
@@ -600,7 +601,7 @@ def finish(cfg: Config, split: Split, state: dict) -> None:
     write_jsonl(out / "dispersion.jsonl", dispersion_entries(cfg.method, split, state))
     draw_curves(out)
     write_file(out / "README.md", model_card(cfg, record).encode())
-    write_json(out / "run.json", record)                           # "finished": only now that all else is there
+    write_json(out / "run.json", record)                           # says "finished", so it is written last
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     if record["skipped"]:
         print(f"skipped     {len(record['skipped'])} steps were skipped")
@@ -611,14 +612,14 @@ def finish(cfg: Config, split: Split, state: dict) -> None:
 
 
 def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
-    """A folder as the policy is at first; a further reference too, so that both are scored alike."""
-    gc.collect()                                                   # one that was let go may hang together in a circle
+    """Load a folder as the policy at its start; a further reference too, so that all score alike."""
+    gc.collect()                                         # a model just dropped may sit in a reference cycle
     dtype = DTYPES[cfg.param_dtype]
     if cfg.lora_rank and world.device.type == "cuda":
-        dtype = world.dtype                                        # frozen weights need no more than that
+        dtype = world.dtype                                        # frozen weights need no more precision
     shard = (lambda model: apply_fsdp(model, world)) if world.shard else None
     model = Transformer.from_pretrained(folder, world.device, dtype, shard)
-    model.origin.files.pop("run.json", None)                       # of the run that made it, not of this one
+    model.origin.files.pop("run.json", None)                       # it is about the run that made the folder
     model.checkpointed = cfg.checkpoint_activations
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_targets or TARGETS, cfg.seed)
@@ -627,12 +628,12 @@ def open_model(cfg: Config, folder: Path, world: World) -> Transformer:
             model.compile_blocks()
     except (RuntimeError, OSError) as error:
         raise BadConfig("--compile: torch has no compiler that works (C++ on a CPU; Triton and C on a GPU): "
-                        f"{' '.join(str(error).split()):.300}; install it, or go without") from None
+                        f"{' '.join(str(error).split()):.300}; install one, or leave out --compile") from None
     return model
 
 
 def check_model(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
-    """Say what the model is.  Raises BadConfig if it does not go with the tokenizer, --references or --out."""
+    """Print what the model is.  Raises BadConfig if it does not fit the tokenizer, --references or --out."""
     for name in cfg.references or ():
         vocab = Tokenizer(world.on_rank0(find_model, name)).backend.get_vocab()
         refuse(vocab != tokenizer.backend.get_vocab(), f"--references {name}: its tokens are not those of {cfg.model}")
@@ -649,12 +650,12 @@ def check_model(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
         world.say(f"note        {note}")
 
 
-# The default of --tokens-per-row: without --compile a GPU's attention is dense, with a mask of row x row.
+# Defaults of --tokens-per-row.  Without --compile, attention on a GPU is dense, with a mask of row x row.
 ROW_TOKENS = {("cpu", False): 2048, ("cpu", True): 2048, ("cuda", False): 4096, ("cuda", True): 16384}
 
 
 def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: World) -> list[Split]:
-    """The training pairs and, if there are any, the held-out ones, planned; and a word on what is to come."""
+    """Read and plan the training pairs and any held-out pairs; print the method and the plan."""
     limit = model.config.positions
     longest = cfg.max_tokens or min(1024, limit)
     refuse(longest > limit, f"--max-tokens {longest}: the model was made for {limit} positions")
@@ -662,7 +663,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
     held_out = tokenised_pairs(cfg, "eval_data", tokenizer, longest, world) if cfg.eval_data else []
     both = {pair.digest() for pair in pairs} & {pair.digest() for pair in held_out}
     if both:
-        world.say(f"            {len(both):,} of the held-out pairs are trained on too")
+        world.say(f"            {len(both):,} of the held-out pairs are training pairs too")
     if cfg.eval_pairs:
         pairs, held_out = hold_out(pairs, cfg.eval_pairs, cfg.seed)
     plan = cfg.batch_size, cfg.seed, cfg.tokens_per_row, ROW_TOKENS[world.device.type, cfg.compile], world.device
@@ -678,7 +679,7 @@ def load_splits(cfg: Config, model: Transformer, tokenizer: Tokenizer, world: Wo
 
 
 def tokenised_pairs(cfg: Config, name: str, tokenizer: Tokenizer, longest: int, world: World) -> list[Pair]:
-    """The pairs of --data or of --eval-data, tokenised; OUT/cache has them from then on."""
+    """The pairs of --data or of --eval-data, tokenised; OUT/cache keeps them for the next run."""
     paths, cache = getattr(cfg, name), Path(cfg.out) / f"cache/{name}.safetensors"
     needed = RECORD_PHI.get(cfg.method.dispersion, ())[:1]             # fields that the records must have
     if cfg.method.advantage:
@@ -687,22 +688,22 @@ def tokenised_pairs(cfg: Config, name: str, tokenizer: Tokenizer, longest: int, 
                              cfg.max_dropped, cfg.skip_bad, cfg.method.link is not None, needed, cfg.columns,
                              functools.partial(progress, world, "reading", unit="records"))
     if world.size > 1:
-        world.on_rank0(lambda: len(read().pairs))                  # the others take what it has written
+        world.on_rank0(lambda: len(read().pairs))                  # the others read what it has cached
     dataset = read()
     world.say(f"data        {' '.join(paths)}: {dataset}")
     return dataset.pairs
 
 
 def shown_settings(method: Method) -> dict:
-    """The columns of a method that are not neutral, and those that are always asked for."""
+    """The settings of a method to show: link, dispersion, beta, and any other that is not neutral."""
     neutral = Method._field_defaults
     return {name: value for name, value in method._asdict().items()
             if name in ("link", "dispersion", "beta") or value != neutral[name]}
 
 
 def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) -> None:
-    """Run the largest row forward and backward and say what that took: a run that does not fit ends here, at once.
-    Every rank runs one row, and the gradients are freed: the steps that follow are those of a run without this."""
+    """Run the largest row forward and backward and print the memory it took, so that a run that does not fit
+    ends at once.  Every rank runs one row, and the gradients are freed: this does not change the steps."""
     rows = [row for step in split.first_epoch() for row in split.schedule.rows(step, world.rank, world.size)]
     tokens, row = max((sum(split.schedule.costs[i] for i in row), row) for row in rows)
     method = cfg.method._replace(token_weights="equal")            # the reference has not scored the tokens yet
@@ -717,7 +718,7 @@ def measure_memory(cfg: Config, model: Transformer, split: Split, world: World) 
 
 
 def peak_memory(world: World) -> float:
-    """GiB: the most that torch held on a GPU, the largest resident set of this process on a CPU."""
+    """Peak memory so far, in GiB: on a GPU what torch allocated, on a CPU the process's resident set."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     import resource  # not on Windows
@@ -726,12 +727,12 @@ def peak_memory(world: World) -> float:
 
 @dataclass
 class Run:
-    """What the loop carries along."""
+    """What the training loop works with."""
     cfg: Config
     model: Transformer
     world: World
-    state: dict                         # where it stands, as in state.json
-    signals: list[int]                  # which ask it to stop
+    state: dict                         # progress, as in state.json
+    signals: list[int]                  # those received, which ask it to stop
     on_step: Callable = lambda step, model: None
 
     def __post_init__(self):
@@ -740,22 +741,22 @@ class Run:
             self.policy = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.optimizer = AdamW([p for p in self.model.parameters() if p.requires_grad], self.cfg.lr)
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.world.dtype == torch.float16)
-        self.saved = time.perf_counter()           # when a checkpoint was written last, or the loop began
+        self.saved = time.perf_counter()           # time of the last checkpoint, or of the start of the loop
         self.started = self.saved - self.state["seconds"]
         if self.state["step"]:
             load_checkpoint(checkpoints(Path(self.cfg.out))[0], self.model, self.optimizer)
             self.scaler.load_state_dict(self.state["scaler"])
-            with contextlib.suppress(OSError):                     # Linux: the peak of memory is that of the steps now
+            with contextlib.suppress(OSError):                     # Linux: reset the peak memory
                 Path("/proc/self/clear_refs").write_text("5")
         for name in ("metrics", "evaluations"):
             cut_log(Path(self.cfg.out) / f"{name}.jsonl", self.state["step"], self.world)
 
     def update_weights(self, split: Split, step: int, bad: list[int]) -> float:
-        """Clip the gradients and step; returns their norm.  A step is noted and left out, or RunFailed is raised, where
-        the loss (of the pairs `bad`) or a gradient is not finite."""
+        """Clip the gradients, take the step -> their norm before clipping.  If the loss (of pairs `bad`) or
+        a gradient is not finite, record and skip the step, or raise RunFailed."""
         self.scaler.unscale_(self.optimizer)
         norm = to_cpu(torch.nn.utils.get_total_norm([p.grad for p in self.optimizer.params]))
-        if bad or (not math.isfinite(norm.item()) and self.scaler.get_scale() <= 1):    # above 1 it is float16's doing
+        if bad or (not math.isfinite(norm.item()) and self.scaler.get_scale() <= 1):  # > 1: float16 overflow
             where, skipped = [split.pairs[i].where for i in bad or split.schedule.batch(step)], self.state["skipped"]
             part, more = "loss" if bad else "gradient", ", ..." if len(where) > 8 else ""
             what = f"the {part} is not finite; look at --lr, --beta, and {', '.join(where[:8])}{more}"
@@ -775,7 +776,7 @@ class Run:
                        f"margin {means['margin']:+.4f}")
 
     def log_step(self, split: Split, step: int, figures: dict[str, float], began: float) -> None:
-        """Record what is known of a step, and say the most important of it."""
+        """Write all figures of a step to metrics.jsonl, and print the main ones."""
         method, batch = self.cfg.method, split.schedule.batch(step)
         now = time.perf_counter()
         tokens = sum(split.schedule.costs[i] for i in batch)
@@ -786,7 +787,7 @@ class Run:
         append_json(Path(self.cfg.out) / "metrics.jsonl", entry, self.world)
         if step == 0 and method.link and method.alpha:
             self.check_first_loss(split, entry["loss"])
-        done = step + 1                                           # what is told counts the steps that are finished
+        done = step + 1                                           # printed step numbers count finished steps
         if done % self.cfg.log_every == 0 or done in (1, split.steps):
             left = int(entry["seconds"] / done * (split.steps - done))
             shown = f"accuracy {entry['accuracy']:.3f}  margin {entry['margin']:+.4f}  " if method.link else ""
@@ -795,7 +796,7 @@ class Run:
                            f"{entry['memory_gib']:.1f} GiB  left {left // 60}:{left % 60:02}")
 
     def check_first_loss(self, split: Split, loss: float) -> None:
-        """Compare the first loss with that of a policy whose scores are the reference's: ln 2 for logistic links."""
+        """Compare the first loss with that of a policy equal to the reference: ln 2 for logistic links."""
         method, batch = self.cfg.method, split.schedule.batch(0)
         if method.token_weights != "equal" and method.alpha != 1:
             return                                                 # (with alpha 1 all r(y) are 0, whatever the weights)
@@ -804,7 +805,7 @@ class Run:
                                       to_device(length, self.world.device), split.weight[batch],
                                       advantage=split.advantage[batch])
         expected, near = outcome.loss.mean().item(), 1e-4 if self.world.dtype == torch.float32 else 1e-2
-        found = f"the first loss is {loss:.6f}; of a policy that equals its reference it is {expected:.6f}"
+        found = f"the first loss is {loss:.6f}; for a policy that equals its reference it is {expected:.6f}"
         if math.isclose(loss, expected, rel_tol=near):
             self.world.say(f"check       {found}")
         else:
@@ -812,11 +813,11 @@ class Run:
 
 
 def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pair], world: World) -> list[str]:
-    """A sampled response to each prompt; on rank 0 only, the others wait at the next exchange."""
+    """Sample a response to each prompt; without --shard, on rank 0 only: the others return at once."""
     if world.rank and not world.shard:
         return []
     texts, stop = [], {tokenizer.eos, *model.stop_tokens, *(int(pair.chosen[-1]) for pair in pairs)}
-    for start in range(0, len(pairs), 16):                         # so many keep their keys and values in memory
+    for start in range(0, len(pairs), 16):         # in batches, to bound the memory for keys and values
         prompts = [pair.prompt.tolist() for pair in pairs[start:start + 16]]
         generators = [torch.Generator().manual_seed(cfg.seed + start + i) for i in range(len(prompts))]
         with world.autocast():
@@ -829,7 +830,7 @@ def answer(cfg: Config, model: Transformer, tokenizer: Tokenizer, pairs: list[Pa
 # 5. Processes: one, or many under torchrun
 
 def progress(world: World, what: str, items, total: int | None = None, unit: str = "rows"):
-    """The items, and a line every ten seconds on how many there were, how fast, and what is left."""
+    """Yield the items; every ten seconds, print their number, the rate, and the time left."""
     began = said = time.perf_counter()
     for number, item in enumerate(items, 1):
         now = time.perf_counter()
@@ -844,12 +845,12 @@ def progress(world: World, what: str, items, total: int | None = None, unit: str
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """This process and its place among all processes of the run."""
     rank: int
     size: int
     device: torch.device
     dtype: torch.dtype                  # of the arithmetic
-    shard: bool = False                 # ranks share the parameters out
+    shard: bool = False                 # each rank holds a shard of the parameters
 
     def say(self, text: str = "") -> None:
         if self.rank == 0:
@@ -868,7 +869,7 @@ class World(NamedTuple):
             dist.barrier()
 
     def on_rank0(self, job: Callable, *arguments):
-        """What job(*arguments) returns on rank 0, or raises there, on all ranks."""
+        """Run job(*arguments) on rank 0; all ranks return its result, or raise its exception."""
         try:
             result = [job(*arguments) if self.rank == 0 else None]
         except Exception as error:
@@ -881,7 +882,7 @@ class World(NamedTuple):
 
 
 def join_world(cfg: Config) -> World:
-    """This process's place among those that torchrun started, if it did."""
+    """Choose the device and the dtype, and join the other processes if torchrun started this one."""
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     refuse(cuda and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")
     device, best = torch.device("cpu"), "float32"
@@ -893,31 +894,31 @@ def join_world(cfg: Config) -> World:
         keep_freed_memory()
     dtype = DTYPES[best if cfg.dtype == "auto" else cfg.dtype]
     refuse(dtype == torch.float16 and not cuda, "--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
-    refuse(dtype == torch.float16 and cfg.shard, "--shard wants --dtype bfloat16 or float32, not float16")
+    refuse(dtype == torch.float16 and cfg.shard, "--shard needs --dtype bfloat16 or float32, not float16")
     refuse(dtype != torch.bfloat16 and cfg.param_dtype == "bfloat16",
-           f"--param-dtype bfloat16 wants --dtype bfloat16, not {str(dtype)[6:]}")
+           f"--param-dtype bfloat16 needs --dtype bfloat16, not {str(dtype)[6:]}")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://"))        # after a restart: with the addresses of dead ranks
+        store, rank, size = next(dist.rendezvous("env://"))  # after a restart it has addresses of dead ranks
         store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         return World(dist.get_rank(), dist.get_world_size(), device, dtype, cfg.shard)
-    refuse(cfg.shard, "--shard shares a model out over processes; start them with torchrun --nproc-per-node=...")
+    refuse(cfg.shard, "--shard splits a model over processes; start them with torchrun --nproc-per-node=...")
     return World(0, 1, device, dtype)
 
 
 def keep_freed_memory() -> None:
-    """Let the C library of Linux keep what is freed, not give large tensors back to the kernel and fetch them again in
-    every step, page by page: 9 to 16 % of the speed at 128,256 words, nothing at 32,000 (tests/bench.py)."""
+    """Make Linux's C library keep freed memory.  Else, every step returns large tensors to the kernel and
+    fetches them again page by page: 9 to 16 % slower at 128,256 words, not at 32,000 (tests/bench.py)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                             # M_MMAP_MAX: nothing apart from the heap
-        mallopt(-1, -1)                                            # M_TRIM_THRESHOLD: never given back
-        mallopt(1, 0)                                              # M_MXFAST: small gaps join large ones at once
+        mallopt(-4, 0)                                             # M_MMAP_MAX: allocate from the heap only
+        mallopt(-1, -1)                                            # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(1, 0)                                              # M_MXFAST: merge small free blocks at once
 
 
 def apply_fsdp(model: Transformer, world: World) -> None:
-    """FSDP2: each rank keeps a share of every parameter; a block's are gathered when it runs."""
-    from torch.distributed.device_mesh import init_device_mesh  # seconds, for those who need them
+    """FSDP2: each rank keeps a shard of every parameter; those of a block are gathered while it runs."""
+    from torch.distributed.device_mesh import init_device_mesh  # takes seconds, so only with --shard
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(world.dtype, torch.float32, cast_forward_inputs=False)
@@ -927,7 +928,7 @@ def apply_fsdp(model: Transformer, world: World) -> None:
 
 
 def gradient_sync(policy, world: World, now: bool):
-    """The ranks add up their gradients in the backward pass inside; or later, with those of the rows that follow."""
+    """A context for a backward pass: sum the gradients over ranks `now`, or leave that to a later row."""
     if world.shard:
         policy.set_requires_gradient_sync(now)
     return contextlib.nullcontext() if now or world.shard or world.size == 1 else policy.no_sync()
@@ -936,15 +937,15 @@ def gradient_sync(policy, world: World, now: bool):
 # ---------------------------------------------------------------------------------------------------------------
 # 6. The optimiser
 
-IN_A_ROW = 10                           # so many steps that are not finite are not skipped
+IN_A_ROW = 10                           # this many non-finite steps in succession end the run
 
 
 class AdamW:
-    """AdamW without decay of weights, by torch's kernel (torch.optim's class imports a compiler: .9 s of the start).
+    """AdamW without weight decay, by torch's kernel (torch.optim's class imports a compiler: .9 s more).
 
-    Weights in bfloat16 take each step in float32 and are rounded up or down at random, in proportion: rounded to the
-    nearest, 99 in 100 do not move at a learning rate of 5e-7; so, they do on average.  The noise follows from the
-    number of the step alone."""
+    A step of bfloat16 weights is computed in float32, then rounded up or down at random, with probabilities
+    that make it right on average.  Rounded to nearest, 99 in 100 weights would not move at a learning rate of
+    5e-7.  The noise depends only on the number of the step."""
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float):
         self.params, self.lr = params, lr
@@ -955,35 +956,35 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, shrink: Tensor) -> None:
-        """One step with the gradients divided by `shrink` (), which clips them in passing; then they are gone."""
+        """One step with the gradients divided by the scalar `shrink`, which clips and overwrites them."""
         groups, generator = [self.params], None
         if any(p.dtype == torch.bfloat16 for p in self.params):
             groups = [[p] for p in self.params]                      # one float32 copy at a time
         for params in groups:
-            values, grads = [p.float() for p in params], [p.grad.float() for p in params]    # (of float32: p itself)
+            values, grads = [p.float() for p in params], [p.grad.float() for p in params]    # (float32: p itself)
             first, second, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
             adamw(values, grads, first, second, [], steps, fused=True, grad_scale=shrink, lr=self.lr, beta1=0.9,
                   beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
             p = params[0]
-            if p.dtype == torch.bfloat16:                            # which is the upper half of float32
+            if p.dtype == torch.bfloat16:                            # the upper 16 bits of a float32
                 generator = generator or torch.Generator(p.device).manual_seed(int(steps[0]))
                 noise = torch.randint(1 << 16, p.shape, generator=generator, device=p.device, dtype=torch.int32)
                 p.copy_(((values[0].view(torch.int32) + noise) & (-1 << 16)).view(torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. The run's folder.  What was saved is never lost or half written: new files are written beside and renamed.
+# 7. The run's folder.  No saved file is lost or half written: a new one is written beside it, then renamed.
 
 MAY_CHANGE = ("out reference max_dropped skip_bad tokens_per_row eval_every log_every save_every on_nonfinite samples "
-              "sample_tokens shard checkpoint_activations").split()           # in a run that is resumed
+              "sample_tokens shard checkpoint_activations").split()           # when a run is resumed
 STATE = {"step": int, "seconds": float, "skipped": list, "agrees": list, "scaler": dict, "run": dict, "sha256": dict}
 SAVE_SECONDS = 1800                                # between checkpoints, by default
 
 
 @contextlib.contextmanager
 def lock_folder(path: Path, wait: bool = True):
-    """Make the folder of this file, and the file, and hold a lock on it meanwhile, which one at a time can have.
-    Raises BadConfig if it cannot be written, or without `wait` if somebody else has the lock."""
+    """Make this file and its folder, and hold an exclusive lock on the file inside the `with` block.  Raises
+    BadConfig if they cannot be written or, without `wait`, if another process has the lock."""
     import fcntl  # not on Windows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -998,14 +999,14 @@ def lock_folder(path: Path, wait: bool = True):
 
 
 def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """The content, or what content(path) writes."""
+    """Write a file: the content, or what content(path) writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     if callable(content):
         content(new)
     else:
         new.write_bytes(content)
-    new.chmod(0o644)                                               # safetensors makes its files for their owner only
+    new.chmod(0o644)                                  # safetensors makes files that only their owner can read
     fsync(new)
     os.replace(new, path)
 
@@ -1034,7 +1035,7 @@ def append_json(path: Path, entry: dict, world: World) -> None:
 
 
 def cut_log(path: Path, first: int, world: World) -> None:
-    """Leave out what an interrupted run wrote of step `first` and later, and half of a line."""
+    """Remove what an interrupted run logged for step `first` and later, and any incomplete line."""
     if world.rank == 0 and path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         found = [re.fullmatch(rb'\{"step": (\d+).*\}\n', line) for line in lines]
@@ -1042,13 +1043,13 @@ def cut_log(path: Path, first: int, world: World) -> None:
 
 
 class Scores(NamedTuple):
-    """What the reference said of one pair: float32 arrays over the tokens of chosen, then rejected."""
+    """The reference's scores of one pair: float32 arrays over the tokens of chosen, then rejected."""
     logp: np.ndarray
     entropy: np.ndarray
 
 
 def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
-    """digest of a pair -> Scores; empty without the file.  Raises BadData if other weights made it."""
+    """{digest of a pair: Scores}; empty without a file.  Raises BadData if damaged or of other weights."""
     if not path.exists():
         return {}
     try:
@@ -1059,8 +1060,8 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
         kinds = [(x.dtype.name, x.shape) for x in (digests, lengths, logp, entropy)]
         whole = kinds == [("uint8", (n, 16)), ("int32", (n,)), ("float32", (total,)), ("float32", (total,))]
         if not whole or (lengths < 0).any() or not np.isfinite([logp.sum(), entropy.sum()]).all():
-            raise TypeError("its tensors are not those of scores")
-    except (SafetensorError, AttributeError, TypeError) as error:       # the latter of types that numpy has not
+            raise TypeError("its tensors are not valid scores")
+    except (SafetensorError, AttributeError, TypeError) as error:       # last two: dtypes that numpy lacks
         raise BadData(f"{path}: not a whole file of scores ({error}); give --reference another path") from None
     if made_by != key:
         raise BadData(f"{path}: scored by other weights or another --dtype; choose another --out, or remove it")
@@ -1069,7 +1070,7 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
 
 
 def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[bytes, Scores]:
-    """Add scores to the file, as others may do at the same time -> all that it has; what was there, stays."""
+    """Add scores to the file, as other processes may at the same time; old ones stay -> all its scores."""
     with lock_folder(path.with_name(path.name + ".lock")):
         scores = fresh | read_reference(path, key)
         if not fresh:
@@ -1083,7 +1084,7 @@ def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[by
 
 
 def refuse_small_disk(cfg: Config, model: Transformer) -> None:
-    """Raise BadConfig if --out has no room for the final model, and for two checkpoints for a moment."""
+    """Raise BadConfig if --out has no room for the final model or, for a moment, for two checkpoints."""
     trained, need = sum(p.numel() for p in model.parameters() if p.requires_grad), 0
     if cfg.lora_rank:
         need += 4 * trained
@@ -1099,28 +1100,28 @@ def refuse_small_disk(cfg: Config, model: Transformer) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """OUT/checkpoint/step-N, the newest first: each holds all that the steps change."""
+    """The folders OUT/checkpoint/step-N, the newest first; each holds all that the steps change."""
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
 
 
 def save_if_due(run: Run, done: int, steps: int) -> None:
-    """Save a checkpoint if so many steps, or the clock of the first rank, or the last step ask for it.  If a signal to
-    any rank does, the run ends here."""
+    """Save a checkpoint every --save-every steps (default: every half hour by rank 0's clock) and after the
+    last step.  A signal to any rank saves one too, and ends the run here."""
     every, world = run.cfg.save_every, run.world
     late = time.perf_counter() - run.saved > SAVE_SECONDS
     due = done == steps or (done % every == 0 if every else late)
     asked = [len(run.signals), due and world.rank == 0]
     stop, due = world.sum_over_ranks(torch.tensor(asked, device=world.device)).tolist()
-    if (stop or due) and every != 0:                               # 0: never
+    if (stop or due) and every != 0:                               # 0: no checkpoints
         save_checkpoint(run, done)
     if stop:
-        world.barrier()                                            # torchrun ends all when one ends
-        raise KeyboardInterrupt((run.signals or [signal.SIGTERM])[0])      # (the signal may be another rank's)
+        world.barrier()                                            # when one rank ends, torchrun ends all
+        raise KeyboardInterrupt((run.signals or [signal.SIGTERM])[0])      # (or another rank received it)
 
 
 def save_checkpoint(run: Run, done: int) -> None:
-    """The model's folder, in state.safetensors the weights as trained and what AdamW keeps of each, the state as JSON.
-    Only when all of it is on the disk, the checkpoint before is removed."""
+    """Write the model's folder, state.safetensors (trained weights and their AdamW state) and state.json.
+    The previous checkpoint is removed only when all of this is on the disk."""
     cfg, model, world, out = run.cfg, run.model, run.world, Path(run.cfg.out)
     if world.rank and not world.shard:
         return
@@ -1143,7 +1144,7 @@ def save_checkpoint(run: Run, done: int) -> None:
         os.replace(new, out / "checkpoint" / f"step-{done:08}")
         fsync(out / "checkpoint")
         for former in checkpoints(out)[1:]:
-            os.replace(former, new)                                # what has the name of a checkpoint is whole
+            os.replace(former, new)                                # a folder named step-N is always complete
             shutil.rmtree(new)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
@@ -1160,7 +1161,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: AdamW) -> None:
             p = places.get(name)
             if p is None or file.get_slice(key).get_shape() not in ([], list(p.shape)):
                 raise BadConfig(f"--resume: {folder}: state.safetensors has {key!r:.300}, which is not of this model")
-            tensor = file.get_tensor(key).to(p.device, copy=True)      # the file goes soon
+            tensor = file.get_tensor(key).to(p.device, copy=True)      # a copy: the file is closed soon
             if kind == "weight":
                 p.data.copy_(to_shard(tensor, p))
             else:
@@ -1173,8 +1174,8 @@ def sha256(path: Path) -> str:
 
 
 def start_or_resume(cfg: Config, record: dict) -> dict | None:
-    """The state that the steps start from: a new one, or with --resume the newest checkpoint's; None: all is done.
-    Raises BadConfig if there is a checkpoint but no --resume, or if it is of another run, or damaged."""
+    """The state to start from: new, or with --resume the newest checkpoint's; None: the run has finished.
+    Raises BadConfig if there is a checkpoint but no --resume, or if it is from another run, or damaged."""
     out, found = Path(cfg.out), checkpoints(Path(cfg.out))
     former = read_json(out / "run.json") if (out / "run.json").exists() else {}
     if former.get("finished") and cfg.resume:
@@ -1182,8 +1183,8 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
         print(f"finished    {out}: there is nothing to do")
         return None
     if found and not former.get("finished"):
-        refuse(not cfg.resume, f"{found[0]}: of a run that was interrupted; --resume continues it; to start afresh "
-               f"choose another --out, or remove {out / 'checkpoint'}")
+        refuse(not cfg.resume, f"{found[0]} is from an interrupted run; --resume continues it; "
+               f"to start afresh, choose another --out, or remove {out / 'checkpoint'}")
         state = read_checkpoint(found[0])
         refuse_changes(found[0] / "state.json", state["run"], record)
         print(f"start       after step {state['step']}, from {found[0]}")
@@ -1192,45 +1193,45 @@ def start_or_resume(cfg: Config, record: dict) -> dict | None:
     if former.get("finished"):
         why = "; in place of the finished run"
     print(f"start       with step 1{why}")
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)          # a finished run's that was killed over this
-    write_json(out / "run.json", record)                           # from now on the folder is this run's
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)          # left by a run killed while finishing
+    write_json(out / "run.json", record)                           # the folder now belongs to this run
     return {"step": 0, "seconds": 0.0, "skipped": [], "agrees": [], "run": record}
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """Its state.  Raises BadConfig if a part of it is missing or not as it was written."""
+    """The state in a checkpoint.  Raises BadConfig if a file is missing, added, or not as it was written."""
     where = folder / "state.json"
     state = read_json(where) if where.exists() else {}
     wrong = [name for name, kind in STATE.items() if type(state.get(name)) is not kind]
     if not wrong and (state["step"] < 0 or any(x not in (0, 0.5, 1) for x in state["agrees"])):
         wrong = ["step", "agrees"]
-    refuse(wrong, f"--resume: {where} says nothing usable of {', '.join(wrong)}; remove the folder")
+    refuse(wrong, f"--resume: {where} has no usable value for {', '.join(wrong)}; remove the folder")
     there = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file() and path != where}
-    for name in there | state["sha256"]:                           # what is there, and nothing else
+    for name in there | state["sha256"]:                           # all of these files, and no others
         refuse(name not in there or sha256(there[name]) != state["sha256"].get(name),
                f"--resume: {folder / name} is not as it was written; remove the folder {folder}")
     return state
 
 
 def refuse_changes(where: Path, former: dict, record: dict) -> None:
-    """Raise BadConfig unless a run with this record is what the former one was, of which `where` tells: its settings
-    or the contents behind them, where there is a hash of these."""
+    """Raise BadConfig if this run differs from the former one, recorded in `where`, in what may not change:
+    the settings; for model and data, which the record has hashes of, their contents instead."""
     config, changed = former.get("config"), []
     refuse(not isinstance(config, dict) or former.get("schema") != record["schema"],
-           f"--resume: {where} has not the settings of a run, as this program writes them; choose another --out")
+           f"--resume: {where} has no settings of a run as this program writes them; choose another --out")
     for name, value in nan_to_null(record["config"]).items():
         old = former.get(f"{name}_sha256", config.get(name, getattr(Config, name)))     # (or the default)
         new = record.get(f"{name}_sha256", value)
         if old != new and name not in MAY_CHANGE:
             changed.append(f"{name} ({old!s:.12}, now {new!s:.12})")
-    refuse(changed, f"--resume: {where} is of a run with other settings: {', '.join(changed)}; choose another --out")
+    refuse(changed, f"--resume: {where} is from a run with other settings: {', '.join(changed)}; choose another --out")
 
 
 QUARTERS = ("least agreement", "second", "third", "most agreement")
 
 
 def draw_curves(out: Path) -> None:
-    """OUT/curves.png, if matplotlib is there: what metrics.jsonl and evaluations.jsonl say, by step."""
+    """Draw metrics.jsonl and evaluations.jsonl by step in OUT/curves.png, if matplotlib is installed."""
     rows = []
     for file, where in (("metrics", "training"), ("evaluations", "held out")):
         for entry in read_jsonl(out / f"{file}.jsonl"):
@@ -1246,7 +1247,7 @@ def draw_curves(out: Path) -> None:
 
 
 def model_card(cfg: Config, record: dict) -> str:
-    """OUT/README.md in the hub's form: what was trained from what, on what, by which method, and how it went."""
+    """The text of OUT/README.md, a model card for the hub: base model, data, method, settings and results."""
     table = {"loss": cfg.loss, **shown_settings(cfg.method), "learning rate": cfg.lr, "pairs per step": cfg.batch_size,
              **{name: record[name] for name in ("steps", "pairs", "data_sha256", "phi_star", "dispersion_power")}}
     for entry in read_jsonl(Path(cfg.out) / "evaluations.jsonl")[-1:]:
@@ -1276,13 +1277,13 @@ Trained with [MallowsPO](https://arxiv.org/abs/2405.14953) from `{cfg.model}` on
 
 @contextlib.contextmanager
 def deferred_signals(world: World):
-    """A list that takes SIGINT and SIGTERM, which end nothing meanwhile; only a second ctrl-C does."""
+    """A list that collects SIGINT and SIGTERM, which then end nothing; only a second ctrl-C does."""
     signals, former = [], {}
 
     def note(number, frame):
         signals.append(number)
-        if world.rank == 0:                                        # not print: it may have been interrupted itself
-            said = f"{signal.Signals(number).name}: stopping after this step; ctrl-C again leaves at once\n"
+        if world.rank == 0:                               # not print(): the signal may have interrupted one
+            said = f"{signal.Signals(number).name}: stopping after this step; a second ctrl-C stops at once\n"
             with contextlib.suppress(OSError):
                 os.write(1, said.encode())
         if number == signal.SIGINT:
@@ -1297,11 +1298,10 @@ def deferred_signals(world: World):
 
 
 def save_weights(cfg: Config, model: Transformer, out: Path, world: World) -> None:
-    """What was trained: the model's folder, or with LoRA adapter/ in it, as PEFT reads it, or both.  Rank 0 writes, the
-    others give their shares."""
+    """Save the model's folder, or with LoRA adapter/ in it, as PEFT reads it, or both; rank 0 writes."""
     if world.rank:
         for name in model.origin.tensors if world.shard else ():
-            model.to_hf(name)
+            model.to_hf(name)                             # helps rank 0 to gather the shards
         return
     if cfg.lora_rank:
         save_adapter(model, out / "adapter", cfg.model)
@@ -1323,11 +1323,11 @@ DEMO_MODEL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hid
 DEMO_METHODS = {"dpo": {"loss": "dpo", "dispersion_power": None}, "mallows-phi": {"loss": "mallows-phi"},
                 "mallows-phi-learn": {"loss": "mallows-phi", "dispersion_power": "learn"}}
 DEMO_BETAS = (0.25, 0.5, 1.0)
-DEMO_SFT = 0.04     # times beta, as the reward is: without it the policies give up to a tenth to what answers nothing
+DEMO_SFT = 0.04     # times beta, like the reward; else other text gets up to a tenth of the probability
 
 
 def make_reference(cfg: Config, folder: Path, population: Population, world: World) -> str:
-    """A population's files, and the folder of a small model that has learned what its members answer."""
+    """Write a population's files; train a small model to answer as its members do -> its folder."""
     if world.rank == 0:
         files = population.tokenizer_files()
         vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -1347,11 +1347,11 @@ def make_reference(cfg: Config, folder: Path, population: Population, world: Wor
 
 
 def demo(cfg: Config, chosen: bool, world: World) -> None:
-    """Make a population and a reference that answers as its members do, train on what members prefer by each method
-    and with several betas until it stops, and compare them where they have gone equally far."""
+    """Make a population and a reference that answers as its members do.  Train on the members' preferences,
+    by each method and with several betas, to the end of the schedule, and compare the methods at equal KL."""
     out, population = Path(cfg.out), Population()
     folder = out / "demo"
-    torch.set_num_threads(1)                         # matrices so small are slower on two cores than on one
+    torch.set_num_threads(1)                         # matrices this small are slower on two cores than on one
     reference = make_reference(cfg, folder, population, world)
     runs, methods = [], {cfg.loss: {}} if chosen else DEMO_METHODS
     world.say(f"\n--- the policies learn what the members prefer: {', '.join(methods)}")
@@ -1360,7 +1360,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
             job = replace(cfg, model=reference, data=[str(folder / "pairs.jsonl")], beta=beta,
                           sft=DEMO_SFT * beta if cfg.sft is None else cfg.sft, out=str(out / f"{name}-{beta}"),
                           reference=str(folder / "reference.safetensors"), **settings)
-            with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():     # only the first one speaks
+            with contextlib.redirect_stdout(None) if runs else contextlib.nullcontext():  # only the first run prints
                 runs += fit_and_measure(name, job, population, world)[-1:]
             world.say("trained     {method}, beta {beta}: KL {kl:.3f}, win rate {win_rate:.4f}".format(**runs[-1]))
     if world.rank == 0:
@@ -1373,7 +1373,7 @@ def demo(cfg: Config, chosen: bool, world: World) -> None:
 
 
 def fit_and_measure(name: str, job: Config, population: Population, world: World, every: int = 0) -> list[dict]:
-    """Train; what the population says of the policy at the end, and before that after each so many steps."""
+    """Train -> what the population says of the policy: at step 0, at the end, and every so many steps."""
     tokenizer, path = Tokenizer(job.model), {}
 
     def watch(step, model):
@@ -1388,8 +1388,8 @@ def fit_and_measure(name: str, job: Config, population: Population, world: World
 
 @torch.no_grad()
 def answer_logp(model: Transformer, population: Population, tokenizer: Tokenizer, world: World) -> Tensor:
-    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has.  An answer
-    is its word: how surely the model stops after it is no opinion of the population."""
+    """(Q, N, A) log-probability of every answer to every question, asked by names that no training pair has.
+    An answer's end token does not count: how surely the model stops is not an opinion of the population."""
     logp = []
     for q, answers in enumerate(population.answers):
         sides = [np.array(tokenizer.response(" " + answer)[:-1]) for answer in answers]
@@ -1436,13 +1436,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def leave(status: int, why: object = "") -> None:
-    """End this process.  Gloo's threads live on after destroy_process_group, since DDP and FSDP2 keep the group; one
-    that lets go of a tensor while Python shuts down aborts the process, and torchrun calls that failed."""
+    """End this process, at once under torchrun.  Gloo's threads outlive destroy_process_group, as DDP and
+    FSDP2 keep the group; if one frees a tensor while Python shuts down, the process aborts: a false error."""
     if status:
         where = f" (rank {os.environ['RANK']})" if int(os.environ.get("RANK", 0)) else ""
         print(f"train.py: error: {why!s:.2000}{where}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        if status == 0:                                            # else it might wait for ranks that wait for this one
+        if status == 0:                                   # after an error, ranks could wait for each other
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

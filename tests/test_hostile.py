@@ -477,8 +477,8 @@ def test_checkpoints_of_strangers(stopped, tmp_path):
             ({"step": -1}, "step"), ({"step": "2"}, "step"), ({"step": True}, "step"), ({"seconds": None}, "seconds"),
             ({"agrees": 3}, "agrees"), ({"agrees": ["1"]}, "agrees"), ({"agrees": [2, [0]]}, "agrees"),
             ({"skipped": 3}, "skipped"), ({"scaler": []}, "scaler"), ({"run": []}, "run"),
-            ({"run": {"config": []}}, "has not the settings of a run"),
-            ({"run": {**good["run"], "schema": 0}}, "has not the settings of a run")]:
+            ({"run": {"config": []}}, "has no settings of a run"),
+            ({"run": {**good["run"], "schema": 0}}, "has no settings of a run")]:
         (folder / "state.json").write_text(json.dumps({**good, **changes}))
         status, _, said = command(train.main, *flags, "--resume")
         assert status == 2 and said.count("\n") == 1 and words in said, (changes, status, said)

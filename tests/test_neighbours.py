@@ -439,7 +439,7 @@ def test_two_processes_take_the_steps_of_one(run, make_model, pairs, tmp_path, l
 
 @pytest.mark.parametrize("flags, words", [
     (["--loss", "mrpo"], "--references is missing"),
-    (["--loss", "sampo", "--references", "x"], "not together with --token-weights"),
+    (["--loss", "sampo", "--references", "x"], "cannot be used with --token-weights"),
     (["--loss", "minor-dpo", "--alpha", 0], "--clip-rejected is about the reference"),
     (["--loss", "sft", "--focal", 1], "--focal has no meaning for --loss sft"),
     (["--loss", "dpo", "--token-decay", 0.9], "--token-decay needs --token-weights"),

@@ -161,7 +161,7 @@ def test_resume_refuses_another_run(job, make_model, pairs, tmp_path, capsys):
     job(resume=True, stop_at=1)
     assert "there is no checkpoint" in capsys.readouterr().out
     out, other = tmp_path / "out", tmp_path / "other.jsonl"
-    with pytest.raises(BadConfig, match="step-00000002: of a run that was interrupted; --resume continues it"):
+    with pytest.raises(BadConfig, match="step-00000002 is from an interrupted run; --resume continues it"):
         job()
     other.write_text("".join(pairs.read_text().splitlines(keepends=True)[1:]))
     for name, value, words in [
@@ -181,7 +181,7 @@ def test_resume_refuses_another_run(job, make_model, pairs, tmp_path, capsys):
         job(resume=True)
     shutil.rmtree(out / "checkpoint")
     job(resume=True)
-    with pytest.raises(BadConfig, match=r"run.json is of a run with other settings: lr"):
+    with pytest.raises(BadConfig, match=r"run.json is from a run with other settings: lr"):
         job(resume=True, lr=1e-2)
     job(lr=1e-2)                                                            # a finished run is replaced, and it says so
     assert "in place of the finished run" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def test_shares_give_the_steps_of_one_process(run, make_model, pairs, tmp_path, 
     one = run("train.py", *flags, "--out", tmp_path / "one")
     two = run("train.py", *flags, "--out", tmp_path / "two", "--shard", "--save-every", 3, processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert "first loss is 0.693147; of a policy that equals its reference it is 0.693147" in two.stdout
+    assert "first loss is 0.693147; for a policy that equals its reference it is 0.693147" in two.stdout
     close(*(rows_of(tmp_path / out / "metrics.jsonl") for out in ("one", "two")),
           ["loss", "margin", "accuracy", "grad_norm", "chosen_logp"])
     close(*(rows_of(tmp_path / out / "evaluations.jsonl") for out in ("one", "two")), ["loss", "margin"])

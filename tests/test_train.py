@@ -50,7 +50,7 @@ def test_first_step_is_the_reference(trained):
     assert first["step"] == 0 and first["accuracy"] == 0.5 and first["margin"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert "step     1/3  loss 0.6931  accuracy 0.500" in trained[1]
-    assert "first loss is 0.693147; of a policy that equals its reference it is 0.693147" in trained[1]
+    assert "first loss is 0.693147; for a policy that equals its reference it is 0.693147" in trained[1]
 
 
 def test_records(trained, pairs):
@@ -529,7 +529,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, make_model, pai
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--shard"], "start them with torchrun"), (["--param-dtype", "bfloat16"], "wants --dtype bfloat16, not float32"),
+    (["--shard"], "start them with torchrun"), (["--param-dtype", "bfloat16"], "needs --dtype bfloat16, not float32"),
     (["--merge"], "--merge needs --lora-rank"),
     (["--lora-rank", 4, "--param-dtype", "bfloat16"], "--lora-rank and --param-dtype do not go together"),
     (["--eval-pairs", 1.5], "a share below 1 or a whole number"), (["--lora-rank", -1], "--lora-rank is -1"),
