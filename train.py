@@ -1064,7 +1064,8 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
     except (SafetensorError, AttributeError, TypeError) as error:       # last two: dtypes that numpy lacks
         raise BadData(f"{path}: not a whole file of scores ({error}); give --reference another path") from None
     if made_by != key:
-        raise BadData(f"{path}: scored by other weights or another --dtype; choose another --out, or remove it")
+        raise BadData(f"{path}: scored by other weights, or with another --dtype, --device or --compile; "
+                      "remove it, or choose another --reference or --out")
     ends = np.cumsum(lengths)[:-1]
     return dict(zip(map(bytes, digests), map(Scores, np.split(logp, ends), np.split(entropy, ends))))
 
