@@ -6,21 +6,23 @@ ranking is a coin toss.  MallowsPO is DPO that knows this number.  With lam(x) =
 
     r(y) = |y|^-eta * sum_t a_t * (log pi(y_t) - alpha * log ref(y_t))      implicit reward of response y, over beta
     h    = beta * (r(chosen) - T(r(rejected)) - margin) + b * (|chosen| - |rejected|)
-    loss = mu * -log g(h; lam(x))  +  sft * NLL(chosen)                     g: the probability that a person agrees
+    loss = mu * L(h; lam(x))  +  likelihood terms                           L = -log g, g: a person agrees (see LINKS)
 
-A method is a row of settings of these three lines (the table LOSSES); what a row does not set is neutral: token
-weights a_t = 1, T the identity, mu = 1.  The link g of MallowsPO-theta (Spearman's rho) is DPO's sigmoid with beta
-scaled per prompt, that of MallowsPO-phi (Kendall's tau) is curved; theta and phi are the paper's names.  A link
-without lam (DPO's, IPO's) takes weight(x) * h in place of h, so dispersion plugs into any row.  Where lam comes from:
+where |y| counts the scored tokens, the end token too.  A method is a row of settings of these three lines (the table
+LOSSES); what a row does not set is neutral: token weights a_t = 1, T the identity, mu = 1, all else 0.  The link g of
+MallowsPO-theta (Spearman's rho) is DPO's sigmoid with beta scaled per pair, that of MallowsPO-phi (Kendall's tau) is
+curved; theta and phi are the paper's names.  A link without lam (DPO's, IPO's) takes weight(x) * h in place of h, so
+dispersion plugs into any row; DPO with it is MallowsPO-theta.  Where lam comes from, pair by pair:
 
     entropy of the reference -> index H, a stand-in for phi -> weight = phi_star * -log H, mean 1 -> lam = c * weight
 
-(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi.)  How far H may be trusted can be learned from the
-pairs themselves, see fit_trust.  In a training loop of your own:
+(phi_star is a scale, not a phi; c is 1/2 for theta, 1 for phi: the loss uses phi = H^(c * phi_star).)  How far H may
+be trusted can be learned from the pairs themselves, see fit_trust.  In a training loop of your own:
 
   from mallowspo import LOSSES, calibrate_phi_star, dispersion_index, dispersion_weight, objective
 
-  # Once, over the training pairs.  entropy: (P, 2) nats, the reference's mean next-token entropy over each response.
+  # Once, over the P training pairs.  entropy: (P, 2) nats, the mean over the scored tokens of each response of the
+  # reference's next-token entropy, torch.special.entr(logits.float().softmax(-1)).sum(-1).
   index = dispersion_index(entropy, vocab_size)                  # (P,) near 0: people agree, 1: a coin toss
   weight = dispersion_weight(index, calibrate_phi_star(index))   # (P,) mean 1; all 1: no dispersion
 
@@ -47,13 +49,14 @@ from torch import Tensor
 # 1. The objective: a table of methods, and one function.
 
 class Method(NamedTuple):
-    """One row of settings of the equation at the top; every column but the link is also a flag of train.py."""
+    """One row of settings of the equation at the top; every column but the link is also a flag of train.py, and
+    LOSSES["dpo"]._replace(beta=0.05) changes one.  (objective takes the weights: it does not look at `dispersion`.)"""
     link: str | None              # a name of LINKS; None: no preference term
     dispersion: str = "constant"  # source of the weight: "constant" (1), "entropy", or a field of the record
-    beta: float = 0.1             # pull to the reference
+    beta: float = 0.1             # scale of h: the larger, the nearer to the reference the policy stays
     alpha: float = 1.0            # share of the reference in the reward; 0 is reference-free
     eta: float = 0.0              # 1 divides the log-ratio by the response's length
-    margin: float = 0.0           # what r(chosen) must lead by
+    margin: float = 0.0           # what r(chosen) must lead by, in units of r
     sft: float = 0.0              # weight of the chosen response's negative log-likelihood per token
     token_weights: str = "equal"  # a_t: "equal" (1), or a name of TOKEN_WEIGHTS
     token_decay: float = 0.98     # of "decay": a token's weight, as a share of that of the token before
@@ -61,13 +64,13 @@ class Method(NamedTuple):
     clip_rejected: bool = False   # T = max(0, .): no more push once the rejected one is below the reference
     length_term: float = 0.0      # b: what a longer chosen response is ahead by, per token
     smoothing: float = 0.0        # share of the labels held to be wrong
-    unbiased: bool = False        # of smoothing: subtract what they do on average, not imitate it
+    unbiased: bool = False        # of smoothing: correct for the wrong labels instead of fitting them
     focal: float = 0.0            # mu = g^focal: less weight to pairs that the policy gets wrong
     focal_gradient: bool = False  # of focal: the gradient passes through mu too
     advantage: float = 0.0        # weight of a likelihood of both responses, by the record's "rewards"
-    advantage_beta: float = 1.0   # of advantage: by so many rewards that likelihood's weight grows e-fold
+    advantage_beta: float = 1.0   # of advantage: so much above the mean reward weighs e times more
     reference_mix: str = "adaptive"     # of several references: weights by how sure each is, or "equal"
-    reference_clip: float = 0.1   # of several references: how far they may be from the first, as a share of it
+    reference_clip: float = 0.1   # of several references: how far log ref may be from the first's, as a share
 
 
 # Columns that say how another one works: without it they have no meaning.
@@ -75,10 +78,10 @@ PARTS = {"token_decay": "token_weights", "token_cap": "token_weights", "unbiased
          "focal_gradient": "focal", "advantage_beta": "advantage"}
 
 LOSSES = {
-    # The papers stand beside the LINKS, or here by arXiv number.  Defaults are the authors' where they are known; that
-    # of r-dpo is from SamPO's code, those of focalpo and hpo are guesses.  IPO averages over tokens, as its authors
-    # confirmed; the hinge keeps the reference, as in TRL; RainbowPO's margin is (1 - alpha) * 0.1.  (ORPO is missing:
-    # its log p - log(1 - p) is no difference of log-probabilities.)
+    # The papers stand beside the LINKS, or here by arXiv number.  Defaults are the authors' where they are known;
+    # r-dpo's length_term is from SamPO's code, and those of focalpo and hpo are guesses.  IPO averages over tokens, as
+    # its authors confirmed; the hinge keeps the reference, as in TRL; RainbowPO's margin is (1 - alpha) * 0.1.  (ORPO
+    # is missing: its log p - log(1 - p) is no difference of log-probabilities.)
     "dpo":           Method("sigmoid"),
     "cdpo":          Method("sigmoid", smoothing=0.1),                                  # Mitchell 2023, a note
     "robust":        Method("sigmoid", smoothing=0.1, unbiased=True),                   # 2403.00409
@@ -96,7 +99,7 @@ LOSSES = {
     "bmc":           Method("sigmoid", beta=0.01, token_weights="difference"),          # 2408.07471, its loss
     "sampo":         Method("sigmoid", token_weights="sample"),                         # 2406.10957
     "hpo":           Method("sigmoid", advantage=0.1),                                  # 2405.17956
-    "mrpo":          Method("sigmoid"),                                                 # 2405.16388: --references
+    "mrpo":          Method("sigmoid"),                                                 # 2405.16388, --references
     "mallows-theta": Method("mallows-theta", "entropy"),
     "mallows-phi":   Method("mallows-phi", "entropy"),
     "mallows-ipo":   Method("square", "entropy", eta=1.0),
@@ -109,10 +112,10 @@ class Outcome(NamedTuple):
     """What the objective says of each pair; every field is (B,).  Only the loss carries a gradient."""
     loss: Tensor
     accuracy: Tensor           # 1 where the chosen reward is the higher, 1/2 where they tie (of sft: no meaning)
-    margin: Tensor             # chosen_reward - rejected_reward, before dispersion and the margin of Method
+    margin: Tensor             # chosen_reward - rejected_reward: without T, b, the margin of Method and dispersion
     chosen_reward: Tensor      # beta * r(chosen), nats
     rejected_reward: Tensor
-    chosen_logp: Tensor        # the policy's log-probability per token, nats
+    chosen_logp: Tensor        # the policy's log-probability, mean over the tokens, nats
     rejected_logp: Tensor
 
 
@@ -122,9 +125,9 @@ def objective(method: Method, logp: Tensor, ref_logp: Tensor, length: Tensor, we
 
     logp, ref_logp: (B, 2) log-probability (nats) of the chosen and the rejected response under policy and
     reference, summed over its tokens;  length: (B, 2) how many tokens those are (0 for a missing response, as
-    sft allows);  weight: (B,) of the prompts, without gradient.  Of methods with token weights, logp and ref_logp are
-    the sums of a_t times it (see token_weights), and plain is the policy's without them, which the likelihood terms
-    take.  advantage: (B, 2) see advantages."""
+    sft allows);  weight: (B,) of the pairs, without gradient.  Float32 or float64.  With token weights, logp and
+    ref_logp are sums of a_t * log-probability (see token_weights), and plain is the policy's sum without a_t, for the
+    likelihood terms.  advantage: (B, 2) see advantages; rows with that term need it."""
     plain = logp if plain is None else plain
     count = length.to(logp.dtype).clamp(min=1)
     reward = (logp - method.alpha * ref_logp) / count ** method.eta                     # (B, 2)
@@ -204,18 +207,18 @@ def advantage_factor(advantage: Tensor, method: Method) -> Tensor:
 def mixed_reference(method: Method, logps: Tensor) -> Tensor:
     """(K, P, 2) log-probabilities of both responses under K references -> (P, 2) under their harmonic mean (MRPO).
 
-    1 / sum_k alpha_k / ref_k, where each further reference is first clipped to (1 -+ eps) times the log-probability
-    of references[0].  The share eps = reference_clip is split between chosen and rejected in proportion to the mean
-    log-probability; adaptive weights alpha_k follow |log ref_k(chosen) - log ref_k(rejected)|."""
+    1 / sum_k (share_k / ref_k), where the log-probabilities of each further reference are first clipped to (1 -+ eps)
+    times those of the first.  eps = reference_clip is split between chosen and rejected in proportion to the mean
+    log-probability; adaptive shares follow |log ref_k(chosen) - log ref_k(rejected)|."""
     logps = logps.double()
     size = logps.mean(0).abs()                                                          # (P, 2)
     eps = method.reference_clip * size / size.sum(-1, keepdim=True).clamp(min=1e-30)
-    near = logps.clamp((1 + eps) * logps[0], (1 - eps) * logps[0])                      # (K, P, 2)
+    near = logps.clamp((1 + eps) * logps[0], (1 - eps) * logps[0])                      # (K, P, 2), below 0
     sure = torch.ones_like(logps[..., 0])                                               # (K, P)
     if method.reference_mix == "adaptive":
         sure = logps.diff(dim=-1)[..., 0].abs().clamp(min=1e-30)
-    alpha = (sure / sure.sum(0))[..., None]                                             # (K, P, 1)
-    return logps[0] - (alpha.log() + logps[0] - near).logsumexp(0)
+    share = (sure / sure.sum(0))[..., None]                                             # (K, P, 1)
+    return logps[0] - (share.log() + logps[0] - near).logsumexp(0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ INDEX_RANGE = (1e-4, 1 - 1e-4)      # -log has a pole at 0, and a weight of 0 dr
 
 
 def dispersion_index(entropy: Tensor, vocab_size: int) -> Tensor:
-    """(B, 2) mean next-token entropies (nats) of the reference over each response -> (B,) index H(x) in [0, 1].
+    """(P, 2) mean next-token entropies (nats) of the reference over each response -> (P,) index H(x) in [0, 1].
 
     The mean of the two, divided by log(vocab_size), as in the authors' code (as printed, in MallowsPO Eq. 13-14,
     it sums over tokens and leaves [0, 1]).  H stands in for phi(x): 0 is agreement, 1 is a coin toss."""
@@ -257,7 +260,7 @@ def phi_of_scores(scores: Tensor, training: Tensor) -> Tensor:
     """(P, 2) ratings of the chosen and of the rejected response by a judge -> (P,) phi = exp(-|gap| / usual gap).
 
     Ours, by Bradley and Terry: the log-odds that a person agrees with another are proportional to the gap, whichever
-    response it favours.  Their unit is arbitrary: training (Q, 2) sets the usual gap, the mean of its gaps."""
+    response it favours.  The unit of a rating is arbitrary: training (Q, 2) sets the usual gap, the mean of its own."""
     usual = training.double().diff(dim=-1).abs().mean().clamp(min=1e-30)
     return torch.exp(-scores.double().diff(dim=-1)[..., 0].abs() / usual)
 
@@ -266,7 +269,7 @@ class Trust(NamedTuple):
     """How far the pairs bear an index out; the field names are those of the model in fit_trust."""
     kappa: float               # the power of -log H that fits them; 0: the index says nothing, below: the opposite
     se: float                  # standard error of kappa; 1 is the prior's, with nothing learned
-    c: float
+    c: float                   # log of those log-odds for a typical pair
 
 
 TRUST_PRIOR = (2.0, 1.0)       # standard deviations of c and of kappa around 0
@@ -282,7 +285,7 @@ def fit_trust(agrees: Tensor, index: Tensor) -> Trust:
     as for dispersion_weight.  Ties (1/2) and pairs whose index is nan are left out.
 
     Ours.  A policy that has learned something is right more often where people agree, so its log-odds of being right
-    are a measure of lam, and the model says that they are a power of -log H: lam = exp(c) * (-log H)^kappa.  Kappa is
+    are a measure of lam, and the model says that lam is proportional to a power of -log H: (-log H)^kappa.  Kappa is
     the power to give to dispersion_weight, clipped to POWERS: an index that says nothing ends near 0, which is DPO.
     Its limits: a prompt that the policy has not learned yet looks like one on which people disagree; few pairs weigh
     less than the prior (TRUST_PRIOR); and the standard error takes pairs for independent, so it is too small where
@@ -297,23 +300,23 @@ def fit_trust(agrees: Tensor, index: Tensor) -> Trust:
     precision = torch.tensor(TRUST_PRIOR, dtype=torch.float64).square().reciprocal()    # (2,)
 
     def look(at: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-odds of the pairs (P,), and minus the log-posterior."""
-        odds = (design @ at).clamp(max=50).exp()
-        return odds, (F.softplus(odds) - agrees * odds).sum() + (precision * at * at).sum() / 2
+        """At (c, kappa): the log-odds of the pairs (P,), which stand for lam, and minus the log-posterior."""
+        lam = (design @ at).clamp(max=50).exp()
+        return lam, (F.softplus(lam) - agrees * lam).sum() + (precision * at * at).sum() / 2
 
     at = torch.zeros(2, dtype=torch.float64)
-    odds, value = look(at)
+    lam, value = look(at)
     for _ in range(100):
-        right = torch.sigmoid(odds)
-        gradient = design.T @ ((right - agrees) * odds) + precision * at
-        curvature = design.T @ ((right * torch.sigmoid(-odds) * odds ** 2)[:, None] * design) + torch.diag(precision)
+        right = torch.sigmoid(lam)
+        gradient = design.T @ ((right - agrees) * lam) + precision * at
+        curvature = design.T @ ((right * torch.sigmoid(-lam) * lam ** 2)[:, None] * design) + torch.diag(precision)
         move = torch.linalg.solve(curvature, gradient)
         if gradient @ move < 1e-12:
             break
         for _ in range(60):
             there, least = look(at - move)
             if least <= value:
-                at, odds, value = at - move, there, least
+                at, lam, value = at - move, there, least
                 break
             move = move / 2
     se = torch.linalg.inv(curvature)[1, 1].sqrt()
@@ -379,8 +382,8 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
 
     Two things are ours.  *The bridge*: as printed, g jumps at h = 0, where every training run starts (the paper's
     remedy could not be found).  With G(x) = x / (1 - e^-x), g(h) is the mean slope of G over the window
-    lam * [h, h+1], for h < 0 over lam * [h-1, h]; it jumps since the window does.  Ours moves: while h goes from
-    -1 to 1, its centre goes smoothly and monotonically from h - 1/2 to h + 1/2.
+    lam * [h, h+1], for h < 0 over lam * [h-1, h]: at h = 0 the window's centre jumps from -1/2 to 1/2 (times lam).
+    Ours slides there, smoothly and monotonically, from h - 1/2 at h = -1 to h + 1/2 at h = 1.
     *The arithmetic*: as printed, g is 0/0 at small lam or h and cancels for h < 0; what follows equals it where
     |h| >= 1, to rounding, in value and gradient, for lam in [0, 30] and |h| up to 1e4.  The slope at h = 0 is 1.0
     to 1.17 lam for lam up to 4.5, less beyond."""
@@ -389,7 +392,7 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
     x = (h / BRIDGE).clamp(-1, 1)
     centre = h + (3 * x - x ** 3) / 4                       # h - 1/2 ... h + 1/2
     # Training starts at centre = 0.  There abs() has the gradient 0, and nothing would be learned.
-    a = torch.where(centre < 0, -centre, centre) - 0.5      # the window is [a, a + 1], on the positive side
+    a = torch.where(centre < 0, -centre, centre) - 0.5      # the window [a, a + 1], mirrored to a centre >= 0
     # Each form sees harmless input where the other one is used: an infinite gradient, times 0, would be nan.
     series = lam * (a + 1) < 0.9
     near = _logit_series(torch.where(series, a, 0.0), torch.where(series, lam, 0.0))
@@ -399,7 +402,7 @@ def kendall_logit(h: Tensor, lam: Tensor) -> Tensor:
 
 
 def _logit_closed(a: Tensor, lam: Tensor) -> Tensor:
-    """log g - log(1 - g) over the window [a, a + 1], both as products that do not cancel."""
+    """log g - log(1 - g) over the window [a, a + 1], for lam * (a + 1) >= 0.9: far enough from 0/0."""
     z, phi = lam * a, torch.exp(-lam)
     slope = lam * _mean_decay(z)                            # (1 - phi^a) / a
     rest = -torch.expm1(-lam)                               # 1 - phi
