@@ -1,20 +1,20 @@
-"""This trainer and TRL's DPOTrainer side by side, in processes that take turns: speed, memory, start, and the losses.
+"""Compare this trainer with TRL's DPOTrainer, in processes that take turns: speed, memory, start, losses.
 
     python tests/bench.py --peer TRL_VENV/bin/python                        random Llama, made-up pairs
     python tests/bench.py --model DIR DIR --data pairs.jsonl --rounds 3     your own models and pairs
     python tests/bench.py --sweep --steps 3 --rounds 1 --picture sweep.png  vocabulary, length, prompt share, batch
-    python tests/bench.py --memory                                          bytes a token, for each vocabulary
+    python tests/bench.py --memory                                          bytes per token, by vocabulary
     python tests/bench.py --processes 1 2 --batch 8                         one process and two, whole and sharded
-    python tests/bench.py --profile                                         where the time of a step of ours goes
+    python tests/bench.py --profile                                         where the time of our step goes
 
-On a machine with a GPU, a Llama of 1.2 billion parameters in bfloat16, and where its step's time goes:
+On a machine with a GPU: a Llama of 1.2 billion parameters in bfloat16, then where the time of its step goes:
 
     python tests/bench.py --shape 1b --batch 8 --steps 12 --peer TRL_VENV/bin/python --liger --compile
     python tests/bench.py --shape 1b --batch 8 --steps 6 --profile --compile
 
-A peer is PYTHON or PYTHON:PYTHONPATH, a Python that has trl; several may be given.  Without one, only ours is measured.
-Both sides get the same folder, the same token ids in the same order, AdamW at a constant rate, clipping at 1, beta 0.1,
-and compute the reference's scores before the first step.  Ours is train.py's own score_reference and train.
+A peer is PYTHON or PYTHON:PYTHONPATH, a Python with trl; several are allowed.  Without one, only ours runs.
+Both sides get the same model, the same token ids in the same order, AdamW at a constant rate, clipping at 1
+and beta 0.1, and score the reference before step 1.  Ours calls train.py's own score_reference and train.
 """
 import argparse
 import importlib.util
@@ -34,33 +34,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT, END, PAD = Path(__file__).resolve().parent.parent, "<end>", "<pad>"
-KINDS = {                         # of what a profile shows: the first whose pattern is in the name
+KINDS = {                         # kind of each profiled operation: the first whose pattern is in its name
     "attention": "attention|flash|flex|fmha", "matrix products": "mm|gemm|nvjet|cutlass|linear",
     "optimiser": "adam", "copies": "copy|memcpy|memset|cat|clone|fill|zero|empty",
     "element-wise": "^aten|elementwise|reduce|triton|softmax|norm|index", "the rest": ""}
-SHAPES = {                        # of a random Llama; its defaults; the longest of its pairs over the shortest
+SHAPES = {                        # config of a random Llama; default flags; longest pair / shortest pair
     "small": ({"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
                "intermediate_size": 704}, {"vocab": [32000], "length": [512], "dtype": "float32"}, 1.4),
     "1b": ({"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
             "intermediate_size": 8192}, {"vocab": [128256], "length": [2048], "dtype": "bfloat16"}, 4)}
-GRIDS = {                         # what --vocab, --length, --share and --batch are, if not given
+GRIDS = {                         # defaults of --vocab, --length, --share and --batch
     "plain": {"share": [0.5], "batch": [4]},
     "sweep": {"vocab": [32000, 128256], "length": [256, 1024, 4096], "share": [0.5, 0.2, 0.8], "batch": [4, 2, 8, 32]},
     "memory": {"vocab": [32000, 128256], "length": [256], "share": [0.5], "batch": [2, 4, 8, 16, 24]}}
 FACTORS = {"vocab": ("vocabulary", ","), "length": ("tokens of prompt + response, at most", ","),
            "share": ("share of the prompt", ".0%"), "batch": ("pairs a step", ",")}
 FIGURES = {"pairs_s": "pairs a second", "peak_mb": "peak MB above idle", "first_s": "s until the first step's end"}
-FIELDS = {                        # a column of the table: how it is called, and its format
+FIELDS = {                        # columns of the table: heading and format
     "pairs_s": ("pairs/s", ".2f"), "tokens_s": ("tokens/s", ",.0f"), "mfu": ("of ceiling", ".1%"),
     "cpu_s": ("CPU s/step", ".2f"), "peak_mb": ("peak MB", ",.0f"), "first_s": ("1st step s", ".1f"),
     "loss_gap": ("loss differs", ".1e")}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. What is trained: a folder and a file
+# 1. What is trained: a model folder and a file of pairs
 
 def make_folder(folder: Path, vocab: int, shape: str) -> None:
-    """A random Llama whose words are w0, w1, ...: any row of token ids is a text, and any text these ids again."""
+    """Save a random Llama with the words w0, w1, ...: any token ids can be written as text and read back."""
     sys.path.insert(0, str(ROOT))
     import torch
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -80,7 +80,7 @@ def make_folder(folder: Path, vocab: int, shape: str) -> None:
 
 
 def make_pairs(count: int, length: int, share: float, vocab: int, spread: float):
-    """Pairs of length / spread to `length` tokens, of which the prompt is `share`."""
+    """Yield random pairs of length / spread to `length` tokens, a `share` of which is the prompt."""
     draw = random.Random(0)
 
     def words(n):
@@ -92,8 +92,8 @@ def make_pairs(count: int, length: int, share: float, vocab: int, spread: float)
 
 
 def encoder(folder: Path):
-    """pair -> token ids of prompt, chosen, rejected, as TRL has them of plain text: the end token is added to both
-    responses, prompt and response are one text, the responses begin where one of them leaves the prompt's tokens."""
+    """Return pair -> token ids of prompt, chosen, rejected, as TRL encodes plain text: it adds the end token,
+    encodes prompt + response as one text, and splits where one of the two departs from the prompt's ids."""
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
@@ -110,8 +110,8 @@ def encoder(folder: Path):
 
 
 def prepare(job: dict) -> None:
-    """The folder if there is none, and two files of the same pairs: as ours takes them, and in the order in which it
-    visits them, for the peer."""
+    """Make the model folder if there is none, and two files of the same pairs: one for our trainer, and one
+    for the peer, in the order in which our trainer visits them."""
     sys.path.insert(0, str(ROOT))
     from data import Schedule, read_lines
     folder, count = Path(job["model"]), job["steps"] * job["batch"]
@@ -133,16 +133,16 @@ def prepare(job: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. The workers: each is a process of its own, and gives a dict
+# 2. The workers: each runs in its own process and returns a dict
 
 def resident(kind: str) -> float:
-    """MB of this process: VmRSS, now, or VmHWM, at most."""
+    """Memory of this process in MB: kind VmRSS is the current size, VmHWM the peak."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(kind))
 
 
 class Clock:
-    """Seconds since the process was started; the ends of the steps; memory."""
+    """Records seconds since the process started, when each step ended, and memory."""
 
     def __init__(self, job, torch):
         self.born, self.cuda, self.torch = job["born"], torch.cuda.is_available() and not job["cpu"], torch
@@ -219,8 +219,8 @@ def ours(job: dict) -> dict:
 
 
 def facts(model, part) -> dict:
-    """What each step is made of; useful operations are those of its forward and backward pass with a shared prompt
-    once, attention where it sees, the head where it scores; and the positions of right-padded batches of 4 pairs."""
+    """Counts per step; also how many positions right-padded batches of 4 pairs would take.  Useful FLOPs:
+    forward and backward, shared prompt once, attention only to visible tokens, head only at scored tokens."""
     c, matrices = model.config, sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
 
     def flops(pair):
@@ -238,7 +238,7 @@ def facts(model, part) -> dict:
 
 
 def operations(profiler, cuda: bool) -> list[tuple]:
-    """Of one step: (name, kind, ms by itself, calls), the dearest first; on a GPU, of the kernels."""
+    """(name, kind, own ms, calls) of the operations of one step, slowest first; on a GPU, of its kernels."""
     events = [event for event in profiler.key_averages()
               if not cuda or (event.device_type.name == "CUDA" and "#" not in event.key)]           # (ranges have a #)
     found = [(event.key, next(kind for kind, names in KINDS.items() if re.search(names, event.key, re.IGNORECASE)),
@@ -289,7 +289,7 @@ def trl(job: dict) -> dict:
 
 
 def ceiling(job: dict) -> dict:
-    """Large square matrix products, for two seconds: FLOP/s."""
+    """Measure FLOP/s by two seconds of large square matrix products."""
     import torch
     from torch.utils.benchmark import Timer
     device, size = ("cuda", 8192) if torch.cuda.is_available() and not job["cpu"] else ("cpu", 2048)
@@ -305,12 +305,12 @@ WORKERS = {"prepare": prepare, "ours": ours, "trl": trl, "ceiling": ceiling}
 class Side(NamedTuple):
     name: str
     worker: str
-    changes: dict                 # of the job
+    changes: dict                 # to the job's settings
     command: tuple = (sys.executable,)
 
 
 def all_sides(args) -> list[Side]:
-    """Ours, or once for each number of processes; and the peers, with and without Liger's kernels."""
+    """Our trainer (--processes: once per number, whole and sharded), then the peers (--liger: twice)."""
     sides = [Side(f"{count} x {'shard' if shard else 'whole'}", "ours", {"shard": shard},
                   ("env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={count}")) for count in args.processes or [] for shard in (False, True)]
@@ -328,8 +328,8 @@ def all_sides(args) -> list[Side]:
 
 
 def spawn(side: Side, job: dict) -> dict:
-    """Run a worker; its result is the last line of its standard output, or, of a peer, why it failed: out of a GPU's
-    memory only after a second chance with gradient checkpointing."""
+    """Run a worker -> its result, the last line of its standard output.  For a failed peer: the reason; one
+    that ran out of GPU memory is first tried again with gradient checkpointing."""
     content = {**job, "liger": False, "shard": False, "checkpoint": False, **side.changes, "born": time.time()}
     done = subprocess.run([*side.command, __file__, "--worker", side.worker, json.dumps(content)],
                           capture_output=True, text=True)
@@ -348,7 +348,7 @@ def spawn(side: Side, job: dict) -> dict:
 # 3. The table, the picture, the command line
 
 def compare(job: dict, sides: list[Side], rounds: int) -> list[dict]:
-    """All sides in turn, `rounds` times: a row for each; its figures of a step are medians over the rounds."""
+    """Run all sides in turn, `rounds` times -> a row per side; times and memory are medians over rounds."""
     spawn(Side("the pairs", "prepare", {}), job)
     runs, peaks, rows = {side.name: [] for side in sides}, [], []
     for _ in range(rounds):
@@ -397,7 +397,7 @@ def table(rows: list[dict]) -> str:
 
 
 def slopes(rows: list[dict]) -> str:
-    """For each vocabulary, the line of a step's memory against the tokens of its only row."""
+    """For each vocabulary, fit a line: peak memory by tokens per step, all of them in a single row."""
     said = []
     for vocab, group in itertools.groupby(rows, lambda row: row["job"]["vocab"]):
         x, y = zip(*((max(row["computed"]), row["peak_mb"]) for row in group))
@@ -427,7 +427,7 @@ def draw_bars(cells: list[list[dict]], path: str) -> None:
 
 
 def draw_lines(cells: list[list[dict]], path: str) -> None:
-    """A column for each factor, along which the others are as in the first cell."""
+    """One column per factor; in it, the other factors stay as in the first cell."""
     import matplotlib.pyplot as plt
     base = cells[0][0]["job"]
     figure, axes = plt.subplots(2, len(FACTORS), figsize=(12, 6), sharey="row", sharex="col", layout="constrained")
@@ -455,30 +455,30 @@ def arguments():
     add = parser.add_argument
     add("--peer", nargs="*", default=[sys.executable] * bool(importlib.util.find_spec("trl")),
         help="PYTHON[:PYTHONPATH] with trl (default: this Python, if it has trl)")
-    add("--model", nargs="*", help="Hugging Face folders (default: a random Llama of each --vocab)")
-    add("--shape", choices=list(SHAPES), default="small", help="of that Llama")
-    add("--data", help="JSON Lines of prompt, chosen, rejected, with --model (default: made up)")
+    add("--model", nargs="*", help="Hugging Face folders (default: a random Llama for each --vocab)")
+    add("--shape", choices=list(SHAPES), default="small", help="size of that Llama")
+    add("--data", help="JSON Lines of prompt, chosen, rejected; needs --model (default: random pairs)")
     add("--vocab", type=int, nargs="+")
-    add("--length", type=int, nargs="+", help="tokens of prompt + response, at most")
-    add("--share", type=float, nargs="+", help="of the prompt in it")
-    add("--batch", type=int, nargs="+", help="pairs a step")
-    add("--sweep", action="store_true", help="change one of these four at a time from the first of each (else: all)")
-    add("--memory", action="store_true", help="ours only, all pairs of a step in one row: memory against tokens")
-    add("--profile", action="store_true", help="ours only: what the last step spends its time on")
-    add("--processes", type=int, nargs="+", help="ours under torchrun with so many, a thread each")
-    add("--steps", type=int, default=6, help="the first is left out of the rates")
+    add("--length", type=int, nargs="+", help="longest prompt + response, in tokens")
+    add("--share", type=float, nargs="+", help="share of the prompt in that length")
+    add("--batch", type=int, nargs="+", help="pairs per step")
+    add("--sweep", action="store_true", help="vary one of these four, others at their first value (else: combine all)")
+    add("--memory", action="store_true", help="ours only, all pairs of a step in one row: memory by tokens")
+    add("--profile", action="store_true", help="ours only: where the last step spends its time")
+    add("--processes", type=int, nargs="+", help="numbers of processes for ours under torchrun, 1 thread each")
+    add("--steps", type=int, default=6, help="steps; the first is left out of the rates")
     add("--rounds", type=int, default=3)
     add("--dtype", choices=["float32", "bfloat16"])
     add("--lr", type=float, default=1e-4)
-    add("--row", type=int, help="tokens in a row of ours, --tokens-per-row of train.py")
-    add("--compile", action="store_true", help="ours with --compile of train.py")
+    add("--row", type=int, help="--tokens-per-row of train.py, for ours")
+    add("--compile", action="store_true", help="--compile of train.py, for ours")
     add("--cpu", action="store_true")
-    add("--liger", action="store_true", help="TRL with Liger's kernels, too")
+    add("--liger", action="store_true", help="also run TRL with Liger's kernels")
     add("--limit-gb", type=float, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.75 / 2 ** 30,
-        help="what a process may take on a CPU (default: three quarters of the memory; 0: no limit)")
-    add("--timeout", type=int, default=1800, help="seconds for a process; then signal 14 ends it")
-    add("--json", default="bench.json", help="where all figures go")
-    add("--picture", help="where to draw them, such as figures/bench.png")
+        help="memory limit of a process on a CPU (default: 3/4 of the machine's; 0: no limit)")
+    add("--timeout", type=int, default=1800, help="seconds per process; then signal 14 ends it")
+    add("--json", default="bench.json", help="file for all figures")
+    add("--picture", help="file for a picture of them, such as figures/bench.png")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     grid = GRIDS["sweep" if args.sweep else "memory" if args.memory else "plain"]
@@ -495,7 +495,7 @@ def arguments():
 
 
 def all_jobs(args, work: str):
-    """A job for each combination of the four lists, or with --sweep for each that differs from the first in one."""
+    """A job per combination of the four lists; with --sweep, only those that differ from the first in one."""
     models = [(model, 0) for model in args.model or []] or [(f"{work}/llama-{v}", v) for v in args.vocab]
     lists = models, args.length, args.share[:1] if args.data else args.share, args.batch
     first = tuple(values[0] for values in lists)
@@ -511,7 +511,7 @@ def main():
     args = arguments()
     if args.worker:
         name, job = args.worker[0], json.loads(args.worker[1])
-        out, sys.stdout = sys.stdout, sys.stderr                    # the result is all that goes to standard output
+        out, sys.stdout = sys.stdout, sys.stderr                    # only the result goes to standard output
         signal.alarm(job["timeout"])
         result = WORKERS[name](job)
         if not int(os.environ.get("RANK", 0)):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"                 # its threads do not survive a fork
-# The other tests are of the CPU, where there is a GPU too.  (Workers of pytest-xdist are told by who starts them.)
+# Hide a GPU from all tests but those of test_cuda.  (Workers of pytest-xdist inherit this setting.)
 if not any("test_cuda" in word for word in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -51,7 +51,7 @@ MODELS = {
     "llama-linear": (transformers.LlamaConfig, dict(LLAMA, **rope("linear", factor=4.0))),
     "mistral": (transformers.MistralConfig, dict(LLAMA, sliding_window=None, head_dim=16)),
     "mistral-window": (transformers.MistralConfig, dict(LLAMA, sliding_window=48, tie_word_embeddings=True)),
-    "qwen2": (transformers.Qwen2Config, dict(LLAMA, vocab_size=1000)),         # more than the tokenizer has
+    "qwen2": (transformers.Qwen2Config, dict(LLAMA, vocab_size=1000)),         # more words than the tokenizer
     "qwen2-window": (transformers.Qwen2Config, dict(LLAMA, use_sliding_window=True, sliding_window=48,
                                                     max_window_layers=1, tie_word_embeddings=True)),
     "qwen3": (transformers.Qwen3Config, dict(LLAMA, head_dim=16, tie_word_embeddings=True)),
@@ -101,7 +101,7 @@ def pairs(tmp_path_factory, population):
 
 
 def pair_ids(tokenizer, record):
-    """What Tokenizer.pairs makes of one record; its BadData is raised."""
+    """What Tokenizer.pairs makes of one record; raises the BadData that it returns."""
     with ThreadPoolExecutor(1) as thread:
         found, = tokenizer.pairs([record], thread)()
     if isinstance(found, BadData):
@@ -110,7 +110,7 @@ def pair_ids(tokenizer, record):
 
 
 def forked(script, arguments, cwd, outputs):
-    """The process id of a fork of this one that runs the script's main(), as python would, without its imports."""
+    """Fork a process that runs the script's main() as python would, but without importing again -> its id."""
     child = os.fork()
     if child:
         return child
@@ -121,7 +121,7 @@ def forked(script, arguments, cwd, outputs):
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))           # noqa: SIM115
         sys.argv = [script, *map(str, arguments)]
         os.chdir(cwd or ".")
-        torch.set_num_threads(1)                                    # others did not survive the fork
+        torch.set_num_threads(1)                                    # other threads are lost in a fork
         importlib.import_module(Path(script).stem).main()
         status = 0
     except SystemExit as end:

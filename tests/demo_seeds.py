@@ -1,9 +1,9 @@
-"""The demo over several seeds, with a control: what its report says, and the picture of the README.
+"""Run the demo with several seeds and a control, tabulate its results, and draw the picture of the README.
 
     python tests/demo_seeds.py --seeds 5 --out out/seeds                               about five minutes a seed
     python tests/demo_seeds.py --seeds 5 --out out/seeds --figure figures/demo.png     (needs matplotlib)
 
-What is there already is not run again; --only N runs seed N alone, so that several can run side by side.
+Runs that are already in --out are not repeated.  --only N runs seed N alone: several can run side by side.
 """
 import argparse
 import contextlib
@@ -29,8 +29,8 @@ KLS = (0.1, 0.15, 0.2)
 
 
 def run_seed(out: Path, seed: int) -> None:
-    """The demo, and beside its runs those of MORE; and runs with a small beta, looked at on the way.  The control, for
-    an index that says nothing, has shuffled.jsonl: each question with the index of another one."""
+    """Run the demo, MORE at the same betas, then all methods at a small beta, measured along the way.
+    The control trains on shuffled.jsonl: each question has another one's index, which says nothing."""
     if not (out / "report.json").exists():
         flags = ["--seed", str(seed), "--out", out]
         subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
@@ -78,7 +78,7 @@ def mean_se(values, digits: int = 4) -> str:
 
 
 def table(title: str, found: list[list[dict]], kls: tuple) -> None:
-    """DPO at each KL, and the paired differences from it of the others; found: the rows of each seed."""
+    """Print DPO at each KL, and how the others differ from it, paired by seed; found: rows of each seed."""
     print(f"\n{title}; {len(found)} seeds")
     methods = list(dict.fromkeys(row["method"] for row in found[0]))
     for kl in kls:
@@ -94,7 +94,7 @@ def table(title: str, found: list[list[dict]], kls: tuple) -> None:
 
 
 def figure(found: list[list[dict]], reports: list[dict], path: Path) -> None:
-    """Left: the weight of each question against its true dispersion.  Then win rate and consensus rank by KL."""
+    """Left: the weight of each question by its true dispersion.  Right: consensus rank and win rate by KL."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,17 +1,17 @@
 """The paper's tasks on a real language model: controllable generation, dialogue, and what the dispersion index knows.
 
-    python tests/experiments.py sft --model DIR                     OUT/sft/model: DIR, taught to go on with reviews
+    python tests/experiments.py sft --model DIR                     OUT/sft/model: it continues reviews
     python tests/experiments.py sentiment --model DIR               continuations of openings, ranked by a panel
     python tests/experiments.py dialogue --model DIR --data hh-harmless.jsonl.gz --votes pandalm.jsonl.gz
     python tests/experiments.py index --model DIR                   after the other two: readings of the index
     python tests/experiments.py report                              all tables and pictures, from the rows
 
 DIR: a Hugging Face folder or name (HuggingFaceTB/SmolLM2-135M-Instruct).  --data: pairs (such as
-hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz).  --votes: the human test set of PandaLM, one object a
-line with instruction, input, response1, response2, annotator1, annotator2 and annotator3 (1, 2, or 0 for a tie).
-Each run of training adds a line to OUT/sentiment.jsonl or OUT/dialogue.jsonl; what is there is not run again, so a
-command that was killed goes on where it stood.  --part 1/4 to 4/4 are four processes that share the work; --quick
-is all of it with a tiny random model and a few openings or pairs, in a minute: it shows nothing but that it runs.
+hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz).  --votes: PandaLM's human test set: lines with
+instruction, input, response1, response2, annotator1, annotator2 and annotator3 (1, 2, or 0 for a tie).
+Each training run adds a line to OUT/sentiment.jsonl or OUT/dialogue.jsonl.  Runs with a line are not
+repeated, so a killed command continues where it stopped.  --part 1/4 to 4/4: four processes share the work.
+--quick runs all of it with a tiny random model and a few openings or pairs, in a minute, just to test it.
 """
 import argparse
 import contextlib
@@ -35,9 +35,9 @@ from data import BadData, Pair, Tokenizer, collate, find_model, load_pairs, read
 from mallowspo import dispersion_index  # noqa: E402
 from model import BRANCHES, BadModel, Transformer  # noqa: E402
 
-# The rows of each comparison: settings of train.Config.  Those from "phi, votes" on know more than one annotator's
-# word, and are for sentiment alone; "labels" is the file of pairs: one annotator decides, or the majority of three, or
-# only pairs on which all three agree are left.
+# The methods that are compared: settings of train.Config.  Those from "phi, votes" on know more than one
+# annotator's word and are for sentiment alone.  "labels" is the file of pairs: by default one annotator
+# decides; "majority": most of three do; "unanimous": only pairs on which all three agree are kept.
 METHODS = {
     "dpo": {"loss": "dpo"},
     "ipo": {"loss": "ipo"},
@@ -57,15 +57,15 @@ METHODS = {
 DIALOGUE = ("dpo", "ipo", "theta", "phi", "phi, learned")
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
 DRAWN = ("dpo", "phi", "dpo, majority", "votes, power 3", "dpo, unanimous")
-RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # one is chosen by dpo alone, for all methods, not on what is reported
+RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # dpo selects one for all methods, on other pairs than those reported
 TASK = "Go on with this review where it stops, in one or two sentences, and write nothing else:\n\n"      # of sft
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. What both tasks share: rows that last, a policy from a file of pairs, scores, samples and their KL
+# 1. What both tasks share: rows kept in a file, training on a file of pairs, scores, samples and their KL
 
 class Task:
-    """The options, the reference, and where the rows of one experiment are."""
+    """The options, the reference, and the file of rows of one experiment."""
 
     def __init__(self, args: argparse.Namespace, name: str):
         self.args, self.name, self.folder = args, name, args.out / name
@@ -84,8 +84,8 @@ class Task:
         return read_rows(self.rows_file)
 
     def add(self, row: dict) -> None:
-        """A line at the end, in one write, as other processes add theirs.  Of one that was killed half a line may be
-        left, so each begins on a new one."""
+        """Append a row in a single write, as other processes append, too.  A killed one may have left half
+        a line, so each row begins with a line break."""
         with open(self.rows_file, "ab", buffering=0) as file:
             file.write(f"\n{json.dumps(row)}\n".encode())
 
@@ -93,7 +93,7 @@ class Task:
         return load_pairs(path, self.tokenizer, self.args.max_tokens).pairs
 
     def fit(self, data: Path, **settings) -> tuple[Transformer, Path]:
-        """Train a policy, as `python train.py` would -> it, and the folder it left."""
+        """Train a policy as `python train.py` would -> the policy and its output folder."""
         out = self.folder / f"run-{self.args.part[0]}"
         shutil.rmtree(out, ignore_errors=True)
         cfg = train.Config(**{"model": str(self.args.model), "data": str(data), "out": str(out), "samples": 0,
@@ -104,7 +104,7 @@ class Task:
         return Transformer.from_pretrained(out, self.world.device), out
 
     def learning_rate(self, data: Path, held_out: Path, **settings) -> float:
-        """The one with which dpo has the least loss on held-out pairs: chosen once, for all methods."""
+        """The rate at which dpo has the lowest loss on held-out pairs; chosen once, for all methods."""
         with train.lock_folder(self.folder / "lock"):              # one process looks for it, the others wait
             for rate in self.args.rates:
                 if not any(row.get("tried") == rate for row in self.rows()):
@@ -118,7 +118,7 @@ class Task:
 def read_rows(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):                      # what a process that was killed had not finished
+        with contextlib.suppress(ValueError):                      # half a line of a killed process
             rows.append(json.loads(line))
     return rows
 
@@ -153,7 +153,7 @@ def sums(scores: list[train.Scores], pairs: list[Pair]) -> np.ndarray:
 
 def sample(model: Transformer, prompts: list[list[int]], tokens: int, end: int, seed: int, temperature: float = 1.0,
            top_p: float = 1.0) -> list[list[int]]:
-    """A response to each prompt, drawn from the model's own distribution, if nothing else is said."""
+    """Draw a response to each prompt; by default from the model's unchanged distribution."""
     responses = []
     for start in range(0, len(prompts), 256):
         some = prompts[start:start + 256]
@@ -166,28 +166,28 @@ def sample(model: Transformer, prompts: list[list[int]], tokens: int, end: int, 
 @torch.no_grad()
 def kl_of_samples(policy: Transformer, reference: Transformer, prompts: list[list[int]], responses: list[list[int]],
                   tokens: int) -> np.ndarray:
-    """(n,) nats: the KL of the next token, summed along responses that the policy drew.  The mean is the KL of whole
-    responses of at most so many tokens, with less noise than the log-ratio of what was drawn."""
+    """(n,) nats: KL of the next-token distributions, summed along responses that the policy drew.  The mean
+    estimates the KL of whole responses of at most `tokens` tokens, with less noise than their log-ratios."""
     device, found = policy.embed.weight.device, []
-    size = max(1, 2048 // (max(map(len, prompts)) + tokens))       # so that the logits have room
+    size = max(1, 2048 // (max(map(len, prompts)) + tokens))       # so that the logits fit in memory
     for start in range(0, len(prompts), size):
         both = list(zip(prompts[start:start + size], responses[start:start + size]))
         longest = max(len(prompt) + len(response) for prompt, response in both)
-        ids = torch.zeros(len(both), longest, dtype=torch.int64, device=device)      # padded behind, where none looks
+        ids = torch.zeros(len(both), longest, dtype=torch.int64, device=device)      # padding, which no token sees
         for i, (prompt, response) in enumerate(both):
             ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
         ours, theirs = (model.logits(ids).log_softmax(-1) for model in (policy, reference))         # (B, T, V)
         kl = (ours.exp() * (ours - theirs)).sum(-1).cpu()                                           # (B, T)
         for i, (prompt, response) in enumerate(both):
-            drawn = min(len(response) + 1, tokens)                 # the end was drawn too
+            drawn = min(len(response) + 1, tokens)                 # the end token was drawn too
             found.append(kl[i, len(prompt) - 1:][:drawn].sum().item())
     return np.array(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. Sentiment: continuations of the openings of reviews, as positive as they can be
+# 2. Sentiment: continue the openings of reviews, as positively as possible
 
-# Twenty kinds of things, from those that everybody judges alike to those that everybody judges otherwise.
+# Twenty kinds of things, from those that everybody judges alike to those on which judgements differ most.
 KINDS = (
     ("kitchen scale", "tape measure", "thermometer", "wall clock", "pocket calculator"),
     ("bike lock", "door handle", "smoke alarm", "fire extinguisher", "first-aid kit"),
@@ -212,11 +212,11 @@ KINDS = (
 )
 FRAMES = ("My review of the {}: I used it for a month and", "I have to say something about this {}. It",
           "Three of us tried the {} last week, and we all")
-NOISE = np.geomspace(0.1, 3.0, len(KINDS))     # of a judgement, by kind; the compound score goes from -1 to 1
+NOISE = np.geomspace(0.1, 3.0, len(KINDS))     # noise of a judgement, by kind; scores go from -1 to 1
 
 
 def openings() -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """(number of the kind, opening), 200 to train on and 100 held out, of every kind some of both."""
+    """(number of the kind, opening): 200 to train on and 100 held out; every kind is in both parts."""
     parts = [], []
     for kind, things in enumerate(KINDS):
         for i, thing in enumerate(things):
@@ -232,8 +232,8 @@ def compound(texts: list[str]) -> np.ndarray:
 
 
 def judged_pairs(items: list[dict], seed: int) -> list[dict]:
-    """Pairs of an opening's continuations, by annotators who see score + noise (Gumbel's, so that an annotator prefers
-    a to b with probability sigmoid((a - b) / noise)); the first of three decides, all three vote."""
+    """Pairs of continuations of one opening.  Three annotators see score + Gumbel noise, so each prefers a
+    to b with probability sigmoid((a - b) / noise).  The first one decides which is chosen; all three vote."""
     rng, records = np.random.default_rng(seed), []
     for item in items:
         noise, score = NOISE[item["kind"]], np.array(item["scores"])
@@ -247,7 +247,7 @@ def judged_pairs(items: list[dict], seed: int) -> list[dict]:
             alike = int((first == first[0]).sum())
             records.append({"prompt": item["prompt"], "chosen": item["texts"][chosen],
                             "rejected": item["texts"][rejected], "kind": item["kind"], "votes": [alike, 3 - alike],
-                            "dispersion": math.exp(-NOISE[0] / noise)})         # -log phi falls as 1 / noise
+                            "dispersion": math.exp(-NOISE[0] / noise)})         # -log phi = NOISE[0] / noise
     return records
 
 
@@ -259,7 +259,7 @@ def by_majority(record: dict) -> dict:
 
 
 def write_pairs(task: Task, training: list[tuple[int, str]], tokens: int, copies: int) -> None:
-    """The files of pairs: of each seed as one annotator, the majority, and all three see them; and those to tune on."""
+    """Write files of pairs: per seed, as one annotator, the majority or all label them; and for tuning."""
     made = task.folder / "continuations.jsonl"
     if not made.exists():
         prompts, end = [task.tokenizer.prompt(text) for _, text in training], task.tokenizer.eos
@@ -277,14 +277,14 @@ def write_pairs(task: Task, training: list[tuple[int, str]], tokens: int, copies
         train.write_jsonl(task.folder / f"majority{seed}.jsonl", map(by_majority, records))
         unanimous = [record for record in records if record["votes"] == [3, 0]]
         train.write_jsonl(task.folder / f"unanimous{seed}.jsonl", unanimous)
-    records, asked = judged_pairs(items, 0), {item["prompt"] for item in items[::5]}     # with judges of their own
+    records, asked = judged_pairs(items, 0), {item["prompt"] for item in items[::5]}     # by other judges
     train.write_jsonl(task.folder / "tune-train.jsonl", (each for each in records if each["prompt"] not in asked))
     train.write_jsonl(task.folder / "tune-held-out.jsonl", (each for each in records if each["prompt"] in asked))
 
 
 def sft(args: argparse.Namespace) -> None:
-    """A reference of another kind: what the chat model writes when it is asked to go on with a review, drawn as users
-    draw, the same model learns to write unasked (train.py --loss sft)."""
+    """Make a reference of another kind: ask the chat model to continue reviews, sampled as users do; then
+    teach it, by train.py --loss sft, to write such continuations without being asked."""
     task, (training, _) = Task(args, "sft"), openings()
     texts, chat, tokens, copies = [text for _, text in training], task.tokenizer.template, 48, 4
     if args.quick:
@@ -328,7 +328,7 @@ def sentiment(args: argparse.Namespace) -> None:
 
 
 def jobs(args: argparse.Namespace, methods, betas) -> list[dict]:
-    """The share of this process, seed by seed."""
+    """The runs that this process does, seed by seed."""
     every = [{"method": method, "beta": beta * SCALE.get(method, 1.0), "seed": seed} for seed in range(args.seeds)
              for beta in betas for method in methods]
     part, parts = args.part
@@ -336,7 +336,7 @@ def jobs(args: argparse.Namespace, methods, betas) -> list[dict]:
 
 
 def learned(out: Path) -> dict:
-    """What the run says of its index."""
+    """What the run learned about its index."""
     record = json.loads((out / "run.json").read_text())
     trust = record["trust"] or {"kappa": math.nan, "se": math.nan}
     return {"power": record["dispersion_power"], "trust": trust["kappa"], "trust_se": trust["se"]}
@@ -353,10 +353,10 @@ def measure_sentiment(task: Task, policy: Transformer, prompts: list[list[int]],
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Dialogue: Anthropic's pairs; out of distribution, longer prompts and the questions of PandaLM
+# 3. Dialogue: Anthropic's pairs; out of distribution: longer prompts, and PandaLM's questions
 
 def split_records(task: Task) -> None:
-    """Files of records: the longest prompts apart, then held-out pairs, then those that are trained on."""
+    """Split the records into files: the longest prompts, then held-out pairs, then pairs to train on."""
     args, sizes = task.args, (1300, 400, 80)
     records = [json.loads(line) for _, line in read_lines(args.data)]
     if args.quick:
@@ -379,7 +379,7 @@ def split_records(task: Task) -> None:
 
 
 def pandalm(path: str, count: int | None) -> list[dict]:
-    """Pairs for one of whose answers more of the three people voted, in the form of the dialogues."""
+    """PandaLM's items as dialogues: the answer with more of three people's votes is chosen; no ties."""
     records = []
     for _, line in read_lines(path):
         item = json.loads(line)
@@ -427,16 +427,16 @@ def dialogue(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. The index: each reading of it against what it is meant to know
+# 4. The index: how well each reading of it predicts where people agree
 
 def mean_of(each: train.Scores, pair: Pair, name: str, tokens: int | None = None) -> np.ndarray:
-    """(2,) mean of the first tokens' log-probability or entropy, of chosen and rejected."""
+    """(2,) mean log-probability or entropy of the first tokens (None: of all), for chosen and rejected."""
     values, cut = getattr(each, name), len(pair.chosen)
     return np.array([values[:cut][:tokens].mean(), values[cut:][:tokens].mean()])
 
 
 def where_they_part(each: train.Scores, pair: Pair) -> float:
-    """The entropy where the second response first says something else."""
+    """The entropy at the first token at which the responses differ."""
     shortest = min(len(pair.chosen), len(pair.rejected))
     same = np.flatnonzero(pair.chosen[:shortest] != pair.rejected[:shortest])
     return each.entropy[same[0] if len(same) else shortest - 1]
@@ -462,7 +462,7 @@ READINGS = {
 
 
 def area(reading: np.ndarray, label: np.ndarray) -> float:
-    """Under the curve: how often a pair with label 1 has the larger reading than one with label 0; ties count half."""
+    """Area under the ROC curve: how often the reading is larger for label 1 than for label 0; ties: 1/2."""
     values, place = np.unique(reading, return_inverse=True)
     ones, zeros = (np.bincount(place[label == side], minlength=len(values)) for side in (1, 0))
     if not ones.sum() or not zeros.sum():
@@ -472,7 +472,7 @@ def area(reading: np.ndarray, label: np.ndarray) -> float:
 
 
 def area_se(reading: np.ndarray, label: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """The area and its standard error: a bootstrap of 300 draws of whole groups (what hangs together)."""
+    """The area and its standard error, by 300 bootstrap draws of whole groups (of pairs that are related)."""
     rng, names = np.random.default_rng(0), np.unique(group)
     members = [np.flatnonzero(group == name) for name in names]
     drawn = []
@@ -483,7 +483,7 @@ def area_se(reading: np.ndarray, label: np.ndarray, group: np.ndarray) -> tuple[
 
 
 def index(args: argparse.Namespace) -> None:
-    """Needs the files that the other two have made."""
+    """Needs the files that sentiment and dialogue write."""
     task, scored = Task(args, "index"), {}
     for name, (path, label) in truths(args.out).items():
         if any(row["against"] == name for row in task.rows()):
@@ -509,12 +509,12 @@ def index(args: argparse.Namespace) -> None:
 
 
 def truths(out: Path) -> dict[str, tuple[Path, list]]:
-    """Name -> a file of pairs, and for each whether people agree there; None: not known."""
+    """Name -> a file of pairs and, for each pair, whether people agree on it (None: not known)."""
     runs = [row for row in read_rows(out / "dialogue.jsonl") if row.get("method") == "dpo"]
     met, split, panel = out / "dialogue/train.jsonl", out / "dialogue/votes.jsonl", out / "sentiment/pairs0.jsonl"
     found = {}
     if runs:
-        # how often dpo's runs had the sign right when they met the pair first: right in most of them, or in few
+        # did dpo's runs get the sign right when they first met the pair: in more than half of them, or not
         right = [[row["agrees"].get(str(i + 1)) for row in runs] for i in range(len(read_rows(met)))]
         known = [[x for x in each if x is not None] for each in right]
         found["HH: dpo's sign right at first sight"] = met, [np.mean(each) > 0.5 if each else None for each in known]
@@ -529,7 +529,7 @@ def truths(out: Path) -> dict[str, tuple[Path, list]]:
 
 
 def groups(path: Path, pairs: list[Pair]) -> np.ndarray:
-    """(P,) what hangs together: the kind of an opening, else the prompt."""
+    """(P,) the group of each pair: the kind of its opening if it has one, else its prompt."""
     records = read_rows(path)
     kinds = [records[int(pair.where.rpartition(":")[2]) - 1].get("kind") for pair in pairs]
     prompts = [pair.prompt.tobytes() for pair in pairs]
@@ -537,7 +537,7 @@ def groups(path: Path, pairs: list[Pair]) -> np.ndarray:
 
 
 def more_readings(values: dict, pairs: list[Pair]) -> dict:
-    """The paper's reading without what the length explains, and averaged over the pairs of a prompt."""
+    """The paper's reading less what the length explains, and its mean over the pairs of a prompt."""
     paper = values["the paper's: mean entropy of both"]
     length = np.log([len(pair.chosen) + len(pair.rejected) for pair in pairs])
     slope, start = np.polyfit(length, paper, 1)
@@ -606,7 +606,7 @@ def report_sentiment(args: argparse.Namespace) -> None:
 
 
 def compare_at(runs: list[dict], method: str, kl: float, seed: int) -> tuple[float, float] | None:
-    """Score minus dpo's at this KL, between two betas, and its error; None: one of them was not there."""
+    """Score minus dpo's at this KL, between two betas, and its error; None: one of them never got there."""
     paths = [{key: row[key] for key in ("method", "kl", "score", "score_se")} for row in runs if row["seed"] == seed]
     mine, dpo = at_kl(paths, method, kl), at_kl(paths, "dpo", kl)
     if not mine or not dpo:
@@ -641,7 +641,7 @@ def report_dialogue(args: argparse.Namespace) -> None:
 
 
 def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
-    """Held-out accuracy, log-ratio and KL in each quarter of the pairs, by the paper's index."""
+    """Print held-out accuracy, log-ratio and KL for each quarter of the pairs by the paper's index."""
     index = next(row["index"]["held-out"] for row in read_rows(args.out / "dialogue.jsonl") if "index" in row)
     quarters = np.array_split(np.argsort(index)[::-1], 4)
     print("\nheld-out by quarter of the index, least agreement expected first: accuracy | log-ratio | KL")
@@ -651,7 +651,7 @@ def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
             continue
         ratio = np.mean([row["log_ratios"]["held-out"] for row in here], axis=0)                    # (P,)
         right = np.mean([np.array(row["log_ratios"]["held-out"]) > 0 for row in here], axis=0)
-        kl = np.mean([row["kls"] for row in here], axis=0)                                          # of the first
+        kl = np.mean([row["kls"] for row in here], axis=0)                              # of the first 200
         cells = []
         for values in (right, ratio, kl):
             cells.append([f"{values[part[part < len(values)]].mean():.3f}" for part in quarters])
@@ -673,16 +673,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", help="Hugging Face folder or name")
-    parser.add_argument("--data", help="of dialogue: a file of preference pairs")
-    parser.add_argument("--votes", help="of dialogue: PandaLM's human test set")
+    parser.add_argument("--data", help="for dialogue: a file of preference pairs")
+    parser.add_argument("--votes", help="for dialogue: PandaLM's human test set")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="of sentiment: these alone")
-    parser.add_argument("--betas", type=float, nargs="+", help="of sentiment: these instead")
-    parser.add_argument("--copies", type=int, default=16, help="of sentiment: continuations per opening for the pairs")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="for sentiment: only these methods")
+    parser.add_argument("--betas", type=float, nargs="+", help="for sentiment: these betas instead")
+    parser.add_argument("--copies", type=int, default=16, help="for sentiment: continuations per opening")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
-    parser.add_argument("--samples", type=int, default=4, help="of sentiment: continuations per held-out opening")
-    parser.add_argument("--kl", type=float, nargs="+", default=[3.0, 4.5, 5.0], help="of report: where to compare")
+    parser.add_argument("--samples", type=int, default=4, help="for sentiment: samples per held-out opening")
+    parser.add_argument("--kl", type=float, nargs="+", default=[3.0, 4.5, 5.0], help="report at these KLs")
     parser.add_argument("--part", type=share, default=(1, 1), metavar="I/N", help="this process's share of the work")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--max-tokens", type=int, default=512)

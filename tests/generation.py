@@ -1,4 +1,4 @@
-"""Sampled tokens per second, beside transformers' generate: the same model, prompts and threads, in turns.
+"""Compare sampled tokens per second with transformers' generate, in turns: same model, prompts and threads.
 
     python tests/generation.py --model DIR                 batch 1 and 16, 64 and 256 new tokens, 2 threads, 3 rounds
 """

@@ -1,11 +1,11 @@
-"""The dispersion as a plug-in: base methods against themselves with a dispersion index, on the demo's population.
+"""The dispersion as a plug-in: base methods with and without a dispersion index, on the demo's population.
 
-    python tests/plugin.py --seeds 8 --out out/plugin        about seven minutes a seed on one core
+    python tests/plugin.py --seeds 8 --out out/plugin        about seven minutes per seed on one core
     python tests/plugin.py --seeds 8 --out out/plugin --only 3          one seed; several can run side by side
 
-Each method is trained once a seed and looked at on the way, so that methods are compared where they have moved equally
-far from the reference.  What is there already is not run again.  All answers of the population have one length: there,
-r-dpo and sampo are dpo, to the last bit (tests/test_neighbours.py), and are left out.
+Each method is trained once per seed and measured along the way, so methods are compared where they have moved
+equally far from the reference.  Runs that are already in --out are not repeated.  r-dpo and sampo are left
+out: all answers have the same length, so both equal dpo to the last bit (tests/test_neighbours.py).
 """
 import argparse
 import contextlib
@@ -64,8 +64,8 @@ def run_seed(out: Path, seed: int) -> None:
 
 
 def write_shuffled(out: Path, pairs: Path, shuffled: Path, seed: int) -> None:
-    """The pairs, each question with the index that the entropy gives another one."""
-    lines = [json.loads(line) for line in (out / "run/dispersion.jsonl").read_text().splitlines()]     # of estimated
+    """Write the pairs, each question with the index that another one had in the last run."""
+    lines = [json.loads(line) for line in (out / "run/dispersion.jsonl").read_text().splitlines()]  # of the last run
     entropy = {int(line["where"].rpartition(":")[2]) - 1: line["entropy"] for line in lines}
     index = [np.mean([value for place, value in entropy.items() if place % 24 == q]) for q in range(24)]
     index = np.random.default_rng(seed).permutation(index)
@@ -74,7 +74,7 @@ def write_shuffled(out: Path, pairs: Path, shuffled: Path, seed: int) -> None:
 
 
 def first_at(rows: list[dict], method: str, kl: float) -> dict[str, float] | None:
-    """Where the path of a method comes to this KL first; None: it does not."""
+    """The figures where the path of a method first reaches this KL; None: it never does."""
     path = [row for row in rows if row["method"] == method]
     return next(filter(None, (at_kl(list(two), method, kl) for two in itertools.pairwise(path)
                               if two[0]["kl"] <= kl < two[1]["kl"])), None)

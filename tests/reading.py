@@ -1,10 +1,10 @@
-"""From a file to tokenised pairs: how fast, in how much memory, beside TRL's preparation, in processes that take turns.
+"""From a file to tokenised pairs: time and memory, compared with TRL's, in processes that take turns.
 
     python tests/reading.py --model DIR --data pairs.jsonl --peer TRL_VENV/bin/python
 
-The pairs of --data (prompt, chosen, rejected as strings; Anthropic's "Human:" and "Assistant:" become messages) are
-repeated with suffixes that differ until there are --pairs of them, as strings and as chats.  `again` is a second start
-of ours, which takes the pairs from OUT/cache.
+The pairs of --data (strings: prompt, chosen, rejected) are repeated, with different suffixes, up to --pairs.
+They are read as strings and as chats, in which Anthropic's "Human:" and "Assistant:" become messages.
+`again` is a second start of ours, which takes the pairs from its cache.
 """
 import argparse
 import gzip
@@ -30,7 +30,7 @@ def peak_mb() -> float:
 def ours(file: str, model: str, cache: str) -> dict:
     sys.path.insert(0, str(ROOT))
     import train
-    tokenizer = train.Tokenizer(model)                              # as TRL's, before the clock and the memory are read
+    tokenizer = train.Tokenizer(model)                              # as for TRL: before time and memory count
     began, idle = time.perf_counter(), peak_mb()
     pairs = train.cached_pairs(Path(cache), lambda path, save: save(path), (file,), tokenizer, 1024,
                                0.1, False, True, (), None, iter).pairs

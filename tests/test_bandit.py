@@ -1,5 +1,5 @@
-"""The theory and the simulator: closed forms against enumeration, the link against 50 digits, and the simulator's
-claims with few seeds.  Margins are those measured; a test that fails says that a formula changed, not that luck did.
+"""The theory and the simulator: closed forms against enumeration, the link against 60 digits, and the
+simulator's claims with few, fixed seeds.  Bounds are measured: a failing test means that a formula changed.
 """
 import contextlib
 import io
@@ -44,7 +44,7 @@ def run(*words):
 
 @pytest.fixture(scope="module")
 def go(tmp_path_factory):
-    """Run one experiment of bandit.py and give back its JSON."""
+    """Run one experiment of bandit.py and return its JSON."""
     out = tmp_path_factory.mktemp("bandit")
 
     def go(name, *words):
@@ -98,7 +98,7 @@ def test_spearman_is_never_below_the_theta_link(go):
 
 
 def oracle(h, lam):
-    """g(h), log g(h) and its slope with 60 digits; for h < 0 as one fraction, else 1 - g would need thousands more."""
+    """g(h), log g(h) and its slope, with 60 digits; for h < 0 from one fraction, as 1 - g needs thousands."""
     with mpmath.workdps(60):
         lam, h = mpmath.mpf(lam), mpmath.mpf(h)
         phi = mpmath.exp(-lam)
@@ -167,7 +167,7 @@ def test_estimators_invert_what_they_should():
 
 @pytest.mark.parametrize("link", ["sigmoid", "mallows-theta", "mallows-phi", "square"])
 def test_engine_finds_what_gradient_descent_finds(link):
-    """The fit is stationary and no other start does better: Adam steps from elsewhere end at the same place."""
+    """The fit is stationary, and no other start does better: Adam from elsewhere ends at the same place."""
     lam = bandit.to_lam([.2, .6, .9])
     wins = bandit.draw_pairs(bandit.np.random.default_rng(1), bandit.truth(4, lam), 200)
     found = bandit.fit_policy(link, wins, lam)
@@ -284,14 +284,12 @@ def test_a_learned_power_never_loses_and_a_useless_index_gets_none(go):
             assert row["learned"] < 0.4 if row["r"] == "useless" else row["learned"] > 0.1
     assert min(rows(record, "learned", r=0, power="learned")) > 0.8
     assert min(rows(record, "ratio", r="useless", power="power 1")) > 1.1
-    assert max(rows(record, "ratio", r=0.5)) < 0.4              # little noise costs little, much loses
+    assert max(rows(record, "ratio", r=0.5)) < 0.4              # little noise is cheap; much loses to DPO
     assert sum(rows(record, "ratio", r=1.5, power="power 1")) / 3 > 1
     assert all(holds for _, holds, _ in record["claims"])
 
 
-# --- the population -----------------------------------------------------------------------------------------
-
-# --- the neighbours that need a sampler
+# --- the neighbours that need a sampler ---------------------------------------------------------------------
 
 OPT = types.SimpleNamespace(n=5, seeds=3, seed=0, phis=None, pairs=None)
 
@@ -319,7 +317,7 @@ def test_momentum_zero_is_iterated_dpo_and_more_goes_further(monkeypatch):
 
 
 def test_a_perfect_discriminator_is_gold():
-    """Where nobody disagrees and the discriminator knows it, its labels are the people's."""
+    """If nobody disagrees and the discriminator knows the order, its labels are the people's."""
     def crowd():
         made = bandit.Crowd(OPT)
         made.chances = torch.ones(5, 5).triu(1).double().expand_as(made.chances)
@@ -366,6 +364,8 @@ def test_the_denoiser_learns_and_sampling_finds_the_clouds():
     assert (x.abs() - 1).abs().mean() < 0.35                        # around (+-1, +-1), with a spread of .25
 
 
+# --- the population -----------------------------------------------------------------------------------------
+
 def test_population_judges_at_the_exact_rates(population):
     counts, wins = torch.zeros(24, 6, 6), population.wins
     for i, row in enumerate(population.judgements(48_000, seed=5)):
@@ -409,7 +409,7 @@ def test_measures_against_sampling(population):
 
 
 def test_figures_at_a_kl_lie_between_two_betas():
-    """In the root of the KL; and the report has a line for every run and a word on every other method than DPO."""
+    """They are interpolated linearly in the square root of the KL."""
     runs = [{"method": "dpo", "beta": 1.0, "kl": 0.09, "win_rate": 0.53},
             {"method": "dpo", "beta": 0.2, "kl": 0.25, "win_rate": 0.55}]
     assert bandit.at_kl(runs, "dpo", 0.16) == {"beta": pytest.approx(0.6), "kl": pytest.approx(0.17),

@@ -1,4 +1,4 @@
-"""Compiled blocks, and flex_attention's masks: as far as a CPU goes (tests/test_cuda.py goes on)."""
+"""Compiled blocks and flex_attention's masks, as far as a CPU can test them (more: tests/test_cuda.py)."""
 import json
 import os
 import subprocess
@@ -23,7 +23,7 @@ from train import Config
 
 @pytest.fixture
 def count():
-    """A function: how many graphs were compiled since the test began."""
+    """A function that counts the graphs compiled since the test began."""
     torch._dynamo.reset()
     counters.clear()
     return lambda: counters["stats"]["unique_graphs"]
@@ -42,7 +42,7 @@ def row_of(*lengths):
     [(1, 1, 1)], [(40, 60, 28)], [(100, 20, 9)], [(300, 500, 400), (700, 130, 600)], [(5, 900, 900)],
     [(60, 40, 80)] * 9, [(256, 128, 128, 256)] * 2])
 def test_blocks_are_the_rule(lengths):
-    """`seen` is the mask of attention_tiles; what is passed over has nothing seen, what is not asked has all."""
+    """mask_mod equals `visible`; skipped blocks see nothing, and blocks without a mask see everything."""
     segments = row_of(*lengths)
     mask, total = attention_blocks(segments), segments.size(1)
     want = visible(segments[0][:, None], segments[0][None]).tril()
@@ -63,7 +63,7 @@ def test_blocks_are_the_rule(lengths):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped", "qwen3-window"])
 def test_flex_attention_equals_the_tiles(make_model, monkeypatch, count, name):
-    """The math of the kernel, its backward pass too, at any length of row from two or three graphs."""
+    """The kernel's arithmetic, forward and backward, for rows of any length, with few compiled graphs."""
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)       # refuses gradients on CPUs
     model, lengths, found = Transformer.from_pretrained(make_model(name)), set(), {}
     rows = [collate(some_groups(model, groups, seed=groups), BRANCHES) for groups in (2, 7, 13, 10)]
@@ -88,7 +88,7 @@ def test_flex_attention_equals_the_tiles(make_model, monkeypatch, count, name):
 
 @pytest.mark.parametrize("name", ["neox", "qwen3-window"])
 def test_compiled_blocks_are_the_blocks(make_model, monkeypatch, count, name):
-    """In all that a model does; one code for all blocks, whatever the length of a row."""
+    """In training, scoring and generation; all blocks share few graphs, whatever the length of a row."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, found = Transformer.from_pretrained(make_model(name)), {}
     add_lora(model, 2, 4.0, ("q", "down"))
@@ -126,7 +126,7 @@ print("graphs", counters["stats"]["unique_graphs"])
 
 
 def test_a_compiled_run_has_the_losses_of_a_plain_one(make_model, pairs, tmp_path):
-    """By torch's own compiler, in a process of its own: forks do not get on with its helpers."""
+    """With torch's own compiler, in a separate process: the compiler's helper processes break in forks."""
     flags = ["--model", make_model("llama-grouped"), "--data", pairs, "--steps", 6, "--batch-size", 8, "--lr", 1e-4,
              "--samples", 0, "--tokens-per-row", 100, "--max-tokens", 64, "--save-every", 0]
     done = subprocess.run([sys.executable, "-c", COMPILED, *map(str, flags)], capture_output=True, text=True,
@@ -150,7 +150,7 @@ def test_without_a_compiler_one_line_says_so(run, make_model, pairs, tmp_path, m
 
 
 def test_no_row_waits_for_the_device(make_model, pairs, monkeypatch):
-    """Tensors on `meta` have no content: whatever would wait for it, or look at it, is an error there."""
+    """Tensors on `meta` have no values: code that would wait for a value, or read it, raises an error."""
     folder = make_model("qwen3-window")
     cfg = Config(model="-", data=str(pairs), batch_size=16, tokens_per_row=400)
     world = train.join_world(cfg)._replace(device=torch.device("meta"))

@@ -1,6 +1,6 @@
-"""What only a GPU shows.  It runs alone, where there is one, in minutes:  python -m pytest -q tests/test_cuda.py
+"""Tests that need a GPU.  Run this file alone; it takes minutes:  python -m pytest -q tests/test_cuda.py
 
-In one process, without forks: CUDA does not survive them (conftest hides the GPU from all other tests).
+All run in one process, as CUDA does not survive forks (conftest hides the GPU from all other tests).
 """
 import gc
 import json
@@ -40,7 +40,7 @@ def autocast(dtype):
 
 
 def some_pairs(count, low, high, vocab_size=3000, seed=0):
-    """Pairs of random ids, each part of low to high of them."""
+    """Pairs of random ids; prompt, chosen and rejected have low to high ids each."""
     rng = np.random.default_rng(seed)
     return [Pair(*(rng.integers(0, vocab_size, rng.integers(low, high + 1), dtype=np.int32) for _ in range(3)), None,
                  f"made:{i}") for i in range(count)]
@@ -147,7 +147,7 @@ def test_the_cpu_agrees(compiled):
     ["--loss", "sampo", "--dispersion", "entropy", "--dispersion-power", "learn"],
     ["--loss", "decay-dpo", "--compile"]], ids=" ".join)
 def test_runs_begin_at_the_reference_and_end(make_model, pairs, tmp_path, capsys, flags):
-    """(The reference pass compiles blocks without gradients: other kernels, which may round otherwise.)"""
+    """(The reference pass compiles blocks without gradients: other kernels, which may round differently.)"""
     train.main(["--model", str(make_model("mistral")), "--data", str(pairs), "--out", str(tmp_path / "out"),
                 "--steps", "3", "--batch-size", "16", "--tokens-per-row", "200", "--max-tokens", "64", "--lr", "1e-4",
                 "--eval-pairs", "9", "--samples", "2", "--sample-tokens", "5", "--device", DEVICE.type, *flags])
@@ -159,7 +159,7 @@ def test_runs_begin_at_the_reference_and_end(make_model, pairs, tmp_path, capsys
 
 
 def test_a_mean_of_references(make_model, pairs, tmp_path, capsys):
-    """With the policy's own reference as the second one it is DPO."""
+    """If the second reference is the same model as the first, the loss is DPO's."""
     model = str(make_model("mistral"))
     train.main(["--model", model, "--references", model, "--loss", "mrpo", "--data", str(pairs),
                 "--out", str(tmp_path / "out"), "--steps", "2", "--batch-size", "16", "--lr", "1e-4",
@@ -169,7 +169,7 @@ def test_a_mean_of_references(make_model, pairs, tmp_path, capsys):
 
 
 class Impatient(World):
-    """Until it asks for the sum over ranks, at the end of a step, waiting for the device is an error."""
+    """Waiting for the device is an error until the end of a step, where the sum over ranks is asked for."""
 
     def sum_over_ranks(self, values):
         torch.cuda.set_sync_debug_mode("default")
@@ -189,7 +189,7 @@ def test_no_row_waits_for_the_device(loss, dtype, compiled, tmp_path):
                        for i, pair in enumerate(part.pairs)}
     run = started(model, world, tmp_path, loss)
     assert len(part.schedule.rows(0)) > 5
-    for mode in ("default", "error"):                       # the first time, libraries are loaded, code is compiled
+    for mode in ("default", "error"):                       # the first pass loads libraries and compiles
         torch.cuda.set_sync_debug_mode(mode)
         figures, _ = train.train_step(run, part, 0)
         assert math.isfinite(figures["loss"]) and not run.state["skipped"]
@@ -203,7 +203,7 @@ def test_no_row_waits_for_the_device(loss, dtype, compiled, tmp_path):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_measurement_of_memory(compiled, checkpointed, capsys, tmp_path):
-    """With the optimiser (and gradients of earlier rows) it bounds what two steps of a 130M-parameter model take."""
+    """Plus optimiser (and gradients of earlier rows) it bounds the memory of two steps of a 130M model."""
     settings = dict(SIZES, model_type="llama", vocab_size=32000, hidden_size=768, num_hidden_layers=12,
                     num_attention_heads=12, num_key_value_heads=12, intermediate_size=2048)
     model, world = make(settings), World(0, 1, DEVICE, torch.bfloat16)
@@ -227,7 +227,7 @@ def test_the_measurement_of_memory(compiled, checkpointed, capsys, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [4096, 4091])
 def test_attention_never_holds_the_scores(dtype, total):
-    """Nor a copy of its mask in each layer: of 8 heads that share 2 of keys, with a mask of any width."""
+    """Nor a copy of its mask per layer; with 8 query heads over 2 key heads, and a mask of any width."""
     ids, parts = torch.arange(total, device=DEVICE)[None] // 500 * 16, []
     tiles = attention_tiles(ids, total, dtype)
     for heads in (8, 2, 2):
@@ -246,7 +246,7 @@ def test_attention_never_holds_the_scores(dtype, total):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_never_holds_the_logits(dtype):
-    """8,192 scored tokens, 131,072 words; beside what goes in, and its gradients, some slices of the logits."""
+    """8,192 scored tokens, 131,072 words: beside inputs and their gradients, some slices of the logits."""
     x = torch.randn(8192, 512, device=DEVICE, dtype=dtype, requires_grad=True)
     weight = (torch.randn(2 ** 17, 512, device=DEVICE, dtype=dtype) * 0.02).requires_grad_()
     target = torch.randint(0, len(weight), (len(x),), device=DEVICE)

@@ -114,7 +114,7 @@ def tokenizer(make_model):
 
 
 def special_tokenizer(folder, kind, eos="</s>"):
-    """A BPE over bytes with a start token that the tokenizer adds itself, or one that puts a space before texts."""
+    """A BPE tokenizer that adds <s> ("start"), <s> and </s> ("both") or a space before texts ("space")."""
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>" if kind == "space" else None))
     names = ["<s>", "</s>", "<unk>"]
@@ -243,7 +243,7 @@ def chat_model(tmp_path_factory):
 
 
 def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
-    """The texts are encoded in one go, the prompt's up to its last added token once: the same ids, the same words."""
+    """Texts are encoded in one call, a prompt once up to its last added token: same ids, same errors."""
     answers = ["Sure.", " Sure", "\n\nthe end", "the", "<|im_end|> it", "\t", "a  b"]
     chats = [parse({"prompt": chat, "chosen": one, "rejected": other}) for chat in CHATS + [say("a <start_of_turn>")]
              for one, other in itertools.pairwise(answers)]
@@ -270,7 +270,7 @@ def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
 
 
 def assert_ids_of_the_whole(ours, record, prompt, *answers):
-    """They are those of the rendered texts, each encoded in one piece."""
+    """The ids are those of the rendered texts, each encoded in one piece."""
     def encode(text):
         return ours.backend.encode(text, add_special_tokens=False).ids
     assert prompt == encode(ours.render(record.prompt, True))
@@ -346,7 +346,7 @@ def test_a_turn_without_an_end_token_gets_one(chat_model):
     prompt, chosen, _ = pair_ids(ours, parse({"prompt": say("a"), "chosen": "b", "rejected": "c"}))
     assert ours.text(prompt) == "user: a\nassistant:" and ours.text(chosen) == " b\n</s>"
     _, chosen, _ = pair_ids(ours, parse({"prompt": say("a"), "chosen": "b</s> more", "rejected": "c"}))
-    assert ours.text(chosen) == " b</s> more\n</s>"                            # one in the midst is no end
+    assert ours.text(chosen) == " b</s> more\n</s>"                            # one in the middle is not the end
 
 
 @pytest.mark.parametrize("template, words", [
@@ -452,7 +452,7 @@ def test_votes_reach_the_pair(tmp_path, tokenizer):
 
 
 def test_responses_that_become_the_same_tokens(chat_model):
-    ours, _ = chat_model((TEMPLATES / "llama3.jinja").read_text())             # this one trims
+    ours, _ = chat_model((TEMPLATES / "llama3.jinja").read_text())             # this template trims
     with pytest.raises(BadData, match="the same tokens"):
         pair_ids(ours, parse({"prompt": say("a"), "chosen": "b", "rejected": "b "}))
 
@@ -531,7 +531,7 @@ for call in sys.argv[1:]:
 
 
 def ask_hub(tmp_path, *names, **environment):
-    """What fetch or find_model says to each name, in a process with that environment."""
+    """What fetch or find_model prints for each name, in a process with that environment."""
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
     done = subprocess.run([sys.executable, "-c", HUB, *names], cwd=tmp_path, env={**os.environ, **environment},
                           capture_output=True, text=True, timeout=100)
@@ -554,7 +554,7 @@ def test_the_hub_from_its_cache(tmp_path):
     assert found[:4] == ["own/model", "own", str(folder["models"]), str(folder["models"])]
     assert found[6:8] == [str(folder["datasets"] / "data/train.jsonl")] * 2
     assert all(found[i].startswith("BadData: ") and "LocalEntryNotFoundError" in found[i] for i in (4, 5))
-    assert found[8] == str(folder["datasets"] / "data/test.jsonl")             # is not there, as reading will say
+    assert found[8] == str(folder["datasets"] / "data/test.jsonl")             # not there; reading it says so
     assert "not of the form hf://datasets/owner/name/path" in found[9]
 
 
@@ -586,7 +586,7 @@ def test_the_hub_out_of_reach_or_unwilling(tmp_path):
 # --- the doctor ---------------------------------------------------------------------------------------------
 
 def doctor(capsys, *names, tokenizer=None, max_tokens=1024, examples=0):
-    """The doctor's word on files, its report, and the report's numbers by the words behind them."""
+    """The doctor's verdict on files, its report, its numbers by the words after them, and its lengths."""
     good = examine([str(name) for name in names], tokenizer, max_tokens, examples)
     report = capsys.readouterr().out
     numbers = {what.strip(): number
@@ -686,12 +686,12 @@ def test_packing_is_tight():
     costs = np.random.default_rng(0).integers(20, 300, 64).tolist()
     rows = pack(list(range(64)), costs, 2048)
     assert len(rows) <= math.ceil(sum(costs) / 2048) + 1
-    assert [0] in pack([0], [5000], 100)                                        # ends, whatever the budget
+    assert [0] in pack([0], [5000], 100)                                        # it ends, whatever the budget
 
 
 def test_collate_lays_out_a_shared_prompt():
     rows = collate([([1, 2, 3], [10, 11, 12], [20]), ([4], [13, 14], [21, 22])], 16)
-    assert rows.tokens.tolist() == [[1, 2, 3, 10, 11, 4, 13, 21]]               # no response's last token
+    assert rows.tokens.tolist() == [[1, 2, 3, 10, 11, 4, 13, 21]]               # without last tokens of responses
     assert rows.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 1]]
     assert rows.segments.tolist() == [[0, 0, 0, 1, 1, 16, 17, 18]]
     assert rows.source.tolist() == [2, 3, 4, 2, 5, 6, 5, 7]
@@ -735,7 +735,7 @@ def test_shapes_are_known_by_their_columns(shape, item, more):
 
 
 def test_shapes_train(run, make_model, tmp_path):
-    """All of them in one file, two steps; and the votes of those that have some."""
+    """Two steps on all shapes in one file; then a run that uses the votes of the shapes that have them."""
     shutil.copytree(make_model(), tmp_path / "model")
     settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
     settings["chat_template"] = ("{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
@@ -791,7 +791,7 @@ def test_what_is_missing_is_said_with_what_is_there():
         parse({"chosen": "a", "rejected": "b", "x": 1})
     with pytest.raises(BadData, match="under 'data': write that list alone"):
         parse({"data": [GOOD]})
-    assert parse({**GOOD, "data": [1]}) == parse(GOOD)                           # a column of that name is no harm
+    assert parse({**GOOD, "data": [1]}) == parse(GOOD)                           # a column of that name does no harm
 
 
 def test_ties_are_passed_over_and_counted(tokenizer, tmp_path, capsys):
@@ -845,7 +845,7 @@ def test_csv_and_parquet_are_read_as_json_lines_are(tokenizer, tmp_path):
 
 
 def test_long_fields_of_csv(tokenizer, tmp_path):
-    long = {**GOOD, "note": "x" * 300_000}                          # more than the csv module takes by itself
+    long = {**GOOD, "note": "x" * 300_000}                          # more than the csv module takes by default
     with open(tmp_path / "f.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, long)
         writer.writeheader()
@@ -864,7 +864,7 @@ def test_long_fields_of_csv(tokenizer, tmp_path):
 
 
 def test_a_damaged_cache_is_never_trusted(tokenizer, tmp_path):
-    """200 times a bit of it is flipped, or its end is cut off: it is made again, or was as before."""
+    """Flip a bit or cut off the end, 200 times: the cache is made again, unless its content is the same."""
     rows = [{**GOOD, "chosen": f" yes {i}", "votes": [i + 1, 0], "scores": [i, 0.5]} for i in range(20)]
     write_jsonl(tmp_path / "f.jsonl", rows)
     path, settings = tmp_path / "cache/f.safetensors", (50, 0.1, False, True, (), None, iter)

@@ -1,4 +1,4 @@
-"""The experiments on a language model, small: they run, go on where they were killed, and measure what they say."""
+"""The language-model experiments, on a small scale: they run, resume after a kill, and measure correctly."""
 import json
 import math
 
@@ -22,7 +22,7 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What --data and --votes read, in the form of HH and of PandaLM."""
+    """Files for --data and --votes, in the form of HH and of PandaLM."""
     folder, words = tmp_path_factory.mktemp("files"), "no yes perhaps never always sometimes".split()
     train.write_jsonl(folder / "pairs.jsonl", (
         {"prompt": f"\n\nHuman: {'Say it. ' * (i % 5 + 1)}{i}\n\nAssistant:", "chosen": f" {words[i % 6]}",
@@ -49,7 +49,7 @@ def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
     rows = {name: lines(tmp_path / f"{name}.jsonl") for name in ("sentiment", "dialogue", "index")}
     assert [row["method"] for row in rows["sentiment"] if "beta" in row] == list(more[1:4])
     assert [row["method"] for row in rows["dialogue"] if "beta" in row] == list(experiments.DIALOGUE)
-    assert len(rows["index"]) == 3 * 10                             # the policies are met once: nothing on first sight
+    assert len(rows["index"]) == 3 * 10                             # a run of one step says nothing on first sight
     assert all(len(row["log_ratios"]["held-out"]) == 4 for row in rows["dialogue"] if "beta" in row)
     path, fits = tmp_path / "sentiment.jsonl", []                   # killed while it wrote the last row but one
     whole = path.read_text().splitlines()
@@ -75,7 +75,7 @@ def test_errors_are_plain(capsys, tmp_path):
 
 
 def test_openings_and_their_judges():
-    """Every kind is in both parts; an annotator prefers the better one as often as the noise of the kind says."""
+    """Every kind is in both parts; how often the better one is preferred follows from the kind's noise."""
     parts = experiments.openings()
     assert [len(part) for part in parts] == [200, 100] and not set(parts[0]) & set(parts[1])
     assert all({kind for kind, _ in part} == set(range(20)) for part in parts)
@@ -111,7 +111,7 @@ def test_readings_by_hand():
 
 
 def test_kl_of_samples_is_the_sum_over_the_vocabulary(make_model):
-    """Beside the log-ratios of the drawn tokens, one prompt at a time; 0 of a policy that is the reference."""
+    """Against the sum by hand, one prompt at a time; 0 if the policy is the reference."""
     policy, reference = (Transformer.from_pretrained(make_model(name)) for name in ("llama-tied", "llama-biased"))
     prompts, responses = [[5, 6, 7], [8], [9, 10]], [[1, 2], [3, 4, 5, 6], []]
     found = experiments.kl_of_samples(policy, reference, prompts, responses, 4)
@@ -119,7 +119,7 @@ def test_kl_of_samples_is_the_sum_over_the_vocabulary(make_model):
         ids, want = torch.tensor([prompt + response]), 0.0
         with torch.no_grad():
             ours, theirs = (model.logits(ids)[0].log_softmax(-1) for model in (policy, reference))
-        for t in range(len(response) + (len(response) < 4)):        # the end is drawn too, unless there was no room
+        for t in range(len(response) + (len(response) < 4)):        # the end token too, if there is room
             at = len(prompt) - 1 + t
             want += sum(math.exp(a) * (a - b) for a, b in zip(ours[at].tolist(), theirs[at].tolist()))
         assert value == pytest.approx(want, rel=1e-4)

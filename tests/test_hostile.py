@@ -1,4 +1,4 @@
-"""Files of strangers: each ends soon in one clear line, in bounded memory, runs nothing, writes nothing elsewhere."""
+"""Files from strangers: each ends soon, in one clear line and bounded memory, and runs and writes nothing."""
 import contextlib
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ from data import Tokenizer, load_pairs, parse, read_lines
 from model import Transformer
 from train import read_reference
 
-SECONDS, ROOM = 20, 1536 << 10                                      # ROOM in KiB, above what the process has already
+SECONDS, ROOM = 20, 1536 << 10                                      # ROOM: KiB beyond what the process already has
 GOOD = {"prompt": "Ada asks:", "chosen": " yes", "rejected": " no"}
 
 
@@ -58,14 +58,14 @@ def bounded(job):
 
 
 def refused(job, kind, words):
-    """In one line that is no longer than a screen."""
+    """job() raises this kind of error, in one line that is no longer than a screen."""
     found, text = bounded(job)
     assert found == kind and words in text, f"{found}: {text[:1000]}"
     assert "\n" not in text and text.isprintable() and len(text) < 2500
 
 
 def command(script, *arguments):
-    """(exit status, output, errors) of a script, as its command line would have it."""
+    """(exit status, standard output, standard error) of a script's main() with these arguments."""
     def job():
         out, said = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
@@ -90,7 +90,7 @@ def tokenizer(make_model):
 
 
 def packed(part, count, level=9):
-    """So many times the same bytes -> gzip, without them ever being in memory."""
+    """gzip of `count` times the same bytes, without ever holding them all in memory."""
     raw = io.BytesIO()
     with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=level) as file:
         for _ in range(count):
@@ -137,7 +137,7 @@ def test_a_gigabyte_of_nothing(tmp_path, tokenizer, name):
 
 
 def test_the_longest_record_that_is_read(tmp_path, tokenizer):
-    """As long as may be, with a token for each byte."""
+    """As long as is allowed, with a token for each byte."""
     text = "\N{SNOWMAN}" * ((data.LONGEST[0] - 100) // 3)
     (tmp_path / "f.jsonl").write_text(json.dumps({**GOOD, "prompt": text}, ensure_ascii=False), encoding="utf-8")
     assert bounded(lambda: load_pairs(tmp_path / "f.jsonl", tokenizer, 50).cut) == ("none", 1)
@@ -146,7 +146,7 @@ def test_the_longest_record_that_is_read(tmp_path, tokenizer):
 # --- tokenizers and chat templates --------------------------------------------------------------------------
 
 def changed_tokenizer(make_model, folder, **changes):
-    """A copy of a model's tokenizer.json in which some keys are others; those of the model by model=dict."""
+    """Copy a model's tokenizer.json with some keys changed; model=dict changes keys inside its "model"."""
     content = json.loads((make_model() / "tokenizer.json").read_text())
     content["model"] |= changes.pop("model", {})
     shutil.copy(make_model() / "tokenizer_config.json", folder)
@@ -167,7 +167,7 @@ PAIR = {"prompt": "a b", "chosen": "c", "rejected": "d"}
     {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}}],
                         "pair": [], "special_tokens": {"<end>": {"id": "<end>", "ids": [0], "tokens": ["<end>"]}}}}])
 def test_tokenizers_that_are_none(make_model, tmp_path, changes):
-    """Some fail when they are read, some at the first text, some in panic."""
+    """Some fail when they are read, some at the first text, some with a panic in Rust."""
     changes = {**changes, "model": changes.get("model") or {}}
     changed_tokenizer(make_model, tmp_path, **changes)
     refused(lambda: pair_ids(Tokenizer(tmp_path), parse(PAIR)), "BadData", "tokenizer")
@@ -222,7 +222,7 @@ def test_templates_that_reach_out(make_model, tmp_path, monkeypatch, template, w
 
 
 def test_a_template_that_no_signal_interrupts(make_model, tmp_path, monkeypatch):
-    """It ends the process, as there is no other way."""
+    """The process ends itself, as nothing else can stop it."""
     monkeypatch.setattr("data.RENDERING", (0.5, 1 << 28))
     changed_tokenizer(make_model, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(DEEP + "{{ n.x == n.y }}")
@@ -465,7 +465,7 @@ def test_scores_of_other_lengths(stopped):
 
 
 def test_checkpoints_of_strangers(stopped, tmp_path):
-    """Refused before a step is taken; what the files of a checkpoint name outside of it is not even read."""
+    """Refused before any step; files outside a checkpoint that its state.json names are not even read."""
     flags, folder = stopped
     good = json.loads((folder / "state.json").read_text())
     digests, none = good["sha256"], hashlib.sha256(b"").hexdigest()

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 MAY = {"mallowspo": set(), "model": {"data"}, "data": {"mallowspo"}, "bandit": {"mallowspo"},
        "train": {"mallowspo", "model", "data", "bandit"}}
-AT_TOP = {**MAY, "model": set()}                                  # its main() alone reads text by data's tokenizer
+AT_TOP = {**MAY, "model": set()}                                  # only its main() uses data, for the tokenizer
 PACKAGES = {"torch", "tokenizers", "safetensors", "numpy"}
 WHERE_USED = {"jinja2", "huggingface_hub", "matplotlib", "pyarrow"}          # never at the top of a file
 

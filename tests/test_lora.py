@@ -11,7 +11,7 @@ from model import TARGETS, Transformer, add_lora, save_adapter
 
 
 def trained_lora(folder, targets=TARGETS):
-    """A model with updates that are not 0, and what it was before."""
+    """A model with updates that are not 0, its weights before them, and the ids they were trained on."""
     model = Transformer.from_pretrained(folder)
     before = {name: p.clone() for name, p in model.named_parameters()}
     ids = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def test_lora_adapter_and_merged_model_give_the_same_logits(make_model, tmp_path
 
 
 def test_frozen_matrices_may_be_bfloat16(make_model):
-    """As on a GPU: the base in bfloat16, norms and updates in float32; saved again as they were."""
+    """As on a GPU: the base matrices in bfloat16, norms and updates in float32."""
     folder = make_model("llama-tied", torch.bfloat16)
     model = Transformer.from_pretrained(folder, dtype=torch.bfloat16)
     add_lora(model, rank=2, alpha=4.0)

@@ -75,7 +75,7 @@ def test_kendall_link_against_high_precision(dtype, bound):
     assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
     for i in range(150):
         exponent = lam[i].item() * abs(h[i].item())
-        if exponent > 600:                    # the exact value needs as many digits: there, the known asymptote
+        if exponent > 600:                    # the exact value needs that many digits; use the asymptote
             assert h[i] > 0 or loss[i].item() == pytest.approx(exponent, rel=0.05)
             continue
         with mpmath.workdps(60 + int(exponent)):
@@ -201,8 +201,8 @@ def test_table_has_no_unknown_link():
 
 @pytest.mark.parametrize("voters", [1, 3, 9])
 def test_lam_from_votes_is_right_on_average_for_every_outcome(voters):
-    """Simulated annotators: pairs of neighbours, phi drawn evenly; among the pairs with the same votes the mean of
-    the true lam is the estimate, and nothing cruder comes as close to the truth."""
+    """Simulated annotators judge neighbours, with phi drawn uniformly.  Among pairs with the same votes, the
+    mean of the true lam is the estimate, and cruder estimates are farther from the truth."""
     generator = torch.Generator().manual_seed(voters)
     lam = -torch.rand(200_000, generator=generator, dtype=torch.float64).log()
     agree = pair_probability(torch.ones_like(lam), lam)
@@ -233,7 +233,7 @@ def test_lam_from_votes_against_quadrature():
 # --- how far the index may be trusted -----------------------------------------------------------------------
 
 def simulate_agreement(seed, pairs, kappa, c):
-    """Indices, and whether the policy got the pairs right, by the model in fit_trust."""
+    """Whether the policy got the pairs right, and their indices, drawn from the model in fit_trust."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.rand(pairs, generator=generator, dtype=torch.float64) * 0.9 + 0.05
     x = (-index.log()).log()
@@ -243,7 +243,7 @@ def simulate_agreement(seed, pairs, kappa, c):
 
 @pytest.mark.parametrize("seed, kappa, c", [(0, 0, -1), (1, 1, 0), (2, 2.5, 0.5), (3, -1, 0), (4, 0.5, -3)])
 def test_trust_is_the_most_probable_one(seed, kappa, c):
-    """Its gradient vanishes there in 30 digits, and the standard error is that of the expected curvature."""
+    """The gradient vanishes there (30 digits); the standard error follows from the expected curvature."""
     agrees, index = simulate_agreement(seed, 80, kappa, c)
     found = fit_trust(agrees, index)
     with mpmath.workdps(30):

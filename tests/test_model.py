@@ -190,7 +190,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("width", [1, 7, 32, 100])
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
 def test_the_head_by_slices_equals_autograd_on_the_dense_one(width, dtype, atol):
-    """32 words, embedding and head one table; in double precision to the last digits."""
+    """With 32 words, and one table for embedding and head; in float64 equal to the last digits."""
     g = torch.Generator().manual_seed(0)
     table = torch.randn(32, 8, generator=g, dtype=torch.float64).to(dtype)
     mix = torch.randn(8, 8, generator=g, dtype=torch.float64).to(dtype)
@@ -220,7 +220,7 @@ def test_the_head_by_slices_equals_autograd_on_the_dense_one(width, dtype, atol)
 
 @pytest.mark.parametrize("tile", [1, 8, 50, 512])
 def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
-    """Cut at every edge of a group, or at few, and inside of groups; in scores and in gradients."""
+    """Cut at every edge of a group and inside groups, or at few edges; hidden states and gradients."""
     monkeypatch.setattr(model_py, "TILE", tile)
     model = Transformer.from_pretrained(make_model("llama-grouped"))
     rows = collate(some_groups(model, count=6), BRANCHES)
@@ -242,8 +242,8 @@ def test_attention_by_tiles_equals_the_whole_row(make_model, monkeypatch, tile):
 
 
 def test_attention_on_a_gpu_asks_for_what_its_kernels_do(monkeypatch):
-    """Else torch's choice is the one that makes all scores at once, or each layer keeps a copy of the mask; and none is
-    built for one length of a row.  (tests/test_cuda.py looks at the memory.)"""
+    """Otherwise torch chooses a kernel that holds all scores at once, or each layer copies the mask, or cuDNN
+    builds a kernel per row length.  (tests/test_cuda.py measures the memory.)"""
     asked, ids = [], torch.zeros(1, 203, dtype=torch.long, device="meta")
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                         lambda q, k, v, mask, **flags: asked.append((k, v, mask, flags["enable_gqa"])) or q)
@@ -305,7 +305,7 @@ def test_autocast_scores_and_gradients_are_near_float32(make_model):
 
 @pytest.mark.parametrize("chunk,kept", [(1, 0), (1, 10 ** 6), (7, 50_000), (10 ** 6, 0), (10 ** 6, 10 ** 6)])
 def test_chunked_head_equals_dense(make_model, monkeypatch, chunk, kept):
-    """Also where the backward pass makes all of the logits again, or those beyond the first ones."""
+    """Also where the backward pass computes all logits again, or all but the first ones, which were kept."""
     monkeypatch.setattr(model_py, "KEPT", kept)
     model = Transformer.from_pretrained(make_model("llama-tied"))
     rows = collate(some_groups(model, count=8), BRANCHES)
@@ -337,7 +337,7 @@ def test_chunked_head_equals_dense(make_model, monkeypatch, chunk, kept):
 
 @pytest.mark.parametrize("spread", [0.3, 5, 16], ids=["unsure", "sure", "certain"])
 def test_entropy_against_float64(spread):
-    """Also where it is all but 0, a difference of large numbers."""
+    """Also where it is almost 0, as the difference of large numbers."""
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(400, 256, generator=draw), torch.randn(5000, 256, generator=draw) * spread / 16
     log_p = (x.double() @ weight.double().t()).log_softmax(-1)
@@ -485,7 +485,7 @@ def test_stop_tokens_of_generation_config(make_model, tmp_path):
 
 @pytest.mark.parametrize("size, top_p", [(7, 0.8), (7, 1.0), (1000, 0.9), (1000, 1.0)])
 def test_sampling_follows_the_kept_probabilities(size, top_p):
-    """By hand: the fewest likeliest tokens that reach top_p, renormalised; also where more than 256 are needed."""
+    """By hand: the fewest of the likeliest tokens that reach top_p, renormalised; also more than 256."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(0))
     chances, ids = (logits / 0.7).softmax(-1).sort(descending=True)
     count = int((chances.cumsum(0) - chances < top_p).sum())
@@ -562,7 +562,7 @@ def test_the_command_line_answers_a_message(monkeypatch, capsys, make_model):
 
 
 def test_text_keeps_its_spaces_and_its_start(monkeypatch, capsys, tmp_path):
-    """A tokenizer of the Llama kind: it starts a text by itself, and its words carry their space before them."""
+    """A tokenizer like Llama's: it adds the start token itself, and words carry the space before them."""
     vocabulary = {"<s>": 0, "<unk>": 1, "\u2581Ada": 2, "\u2581asks": 3}
     tokenizer = tokenizers.Tokenizer(WordLevel(vocabulary, "<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = Metaspace(), MetaspaceDecoder()
@@ -580,4 +580,4 @@ def test_text_keeps_its_spaces_and_its_start(monkeypatch, capsys, tmp_path):
     words = {0: "", 1: "<unk>", 2: " Ada", 3: " asks"}              # special tokens are not shown
     assert command_line(monkeypatch, capsys, folder, *flags)[:2] == (
         0, "Ada" + "".join(words[token] for token in follow) + "\n")
-    assert follow[0] in {2, 3}                                       # its space is there only behind another word
+    assert follow[0] in {2, 3}                                       # its space shows only after another word

@@ -1,5 +1,5 @@
-"""Every row of LOSSES against its formula, written out once more from the papers in plain Python; its reduction to the
-method beside it, its gradient, and the mistakes that are easily made with it."""
+"""Every row of LOSSES against its formula, written again from the paper in plain Python: its value, its
+gradient, its reduction to the neighbouring method, and the mistakes that are easily made with it."""
 import collections
 import dataclasses
 import math
@@ -43,7 +43,7 @@ def policy_tokens(split, seed=1, noise=0.7):
 
 
 def losses(method, split, tokens, step=0):
-    """The loss of each pair, as train.py computes it of a policy that gives these log-probabilities."""
+    """The loss of each pair, as train.py computes it for a policy that gives these log-probabilities."""
     def policy(*inputs):
         return torch.cat(list(tokens)), None
     return train.score_pairs(policy, method, split, list(range(len(split.pairs))), step, ALONE)
@@ -56,7 +56,7 @@ def log_sigma(x):
 
 
 class Case:
-    """One pair in plain numbers.  frozen: the policy's log-probabilities where a formula is not differentiated."""
+    """One pair in plain numbers.  frozen: the policy's log-probabilities where they carry no gradient."""
 
     def __init__(self, split, i, tokens, frozen, weight):
         n, pair = len(split.pairs[i].chosen), split.pairs[i]
@@ -67,7 +67,7 @@ class Case:
         self.draw = [split.schedule.seed, 0, i]
 
     def margin(self, aw=None, al=None):
-        """R(w) - R(l), with token weights if there are some."""
+        """R(w) - R(l), with token weights if given."""
         aw, al = aw or [1] * len(self.w), al or [1] * len(self.l)
         return (sum(a * (p - r) for a, p, r in zip(aw, self.w, self.rw))
                 - sum(a * (p - r) for a, p, r in zip(al, self.l, self.rl)))
@@ -256,8 +256,8 @@ def test_differing_tokens():
 
 
 def test_length_term_has_the_sign_of_the_reward():
-    """The best policy for a reward of r(y) - a |y| is ref(y) exp((r(y) - a |y|) / beta) / Z; seen from it, people
-    who judge by r alone prefer w to l with the log-odds r(w) - r(l), which must be what the loss takes for h."""
+    """The best policy for a reward r(y) - a |y| is ref(y) exp((r(y) - a |y|) / beta) / Z.  People who judge
+    by r alone prefer w to l with log-odds r(w) - r(l); at that policy, the h of the loss must equal them."""
     generator = torch.Generator().manual_seed(0)
     reward, length = torch.randn(5, generator=generator).double(), torch.tensor([3, 8, 1, 5, 2])
     ref = torch.randn(5, generator=generator).double().log_softmax(0)
@@ -392,7 +392,7 @@ def test_references_in_the_trainer(run, make_model, pairs, tmp_path):
 
 
 def test_one_model_at_a_time_is_in_memory(make_model, pairs, tmp_path, monkeypatch):
-    """The policy too makes room for a further reference, and is read again."""
+    """The policy, too, makes room while a further reference is scored, and is read again afterwards."""
     opened, read = [], train.Transformer.from_pretrained
 
     def alone(folder, *arguments):

@@ -1,4 +1,4 @@
-"""What holds of every input: files of records, tokens, the schedule, packing and rows, on thousands of drawn ones."""
+"""What holds for every input: files, tokens, the schedule, packing and rows, on thousands of random ones."""
 import gzip
 import json
 import math
@@ -16,7 +16,7 @@ from model import BRANCHES
 
 
 def drawn(examples, **strategies):
-    """A test of so many examples, the same ones each time."""
+    """Run a test on this many random examples, the same ones each time."""
     def decorate(test):
         return settings(max_examples=examples, derandomize=True, deadline=None, database=None,
                         suppress_health_check=list(HealthCheck))(given(**strategies)(test))
@@ -39,7 +39,7 @@ ODD = ["\0", "\ud83d", "\udc00x", "\ufeff", "\u2028", "\r\n", "<end>", "\N{SNOWM
        "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", "\n\nAssistant:", "\x1b[2J", "{{ 1 }}", ""]
 TEXTS = st.one_of(st.sampled_from(ODD), st.text(st.characters(codec=None), max_size=12),
                   st.lists(st.sampled_from(ODD), max_size=3).map("".join))
-WHOLE = st.text(min_size=1, max_size=30)                           # of characters alone, no half of a surrogate pair
+WHOLE = st.text(min_size=1, max_size=30)                           # whole characters, no half of a surrogate pair
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10 ** 400, -1, 2 ** 31, 2 ** 63, 0.5, True, 1e-320]))
 ANYTHING = st.recursive(st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS), lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)), max_leaves=6)
@@ -55,7 +55,7 @@ RECORDS = st.fixed_dictionaries({}, optional={
 
 @st.composite
 def good_records(draw):
-    """One that must load, in any of the four forms."""
+    """A record that must load, in any of the four forms."""
     prompt, chosen, rejected = (draw(WHOLE.filter(lambda text: "<" not in text)) for _ in range(3))
     rejected = chosen + rejected
     turns = [{"role": "user", "content": prompt}]
@@ -70,19 +70,19 @@ def good_records(draw):
 
 @st.composite
 def lines(draw):
-    """(what stands in a line, whether it must load: None if either may be)."""
+    """(the content of a line, whether it must load: None if it may or may not)."""
     kind = draw(st.integers(0, 9))
     if kind < 3:
         return json.dumps(draw(good_records())).encode(), True
     if kind == 3:
-        return draw(st.binary(max_size=30)).replace(b"\n", b"").lstrip(b"\xef\xbb\xbf"), None   # (such a mark: see bom)
+        return draw(st.binary(max_size=30)).replace(b"\n", b"").lstrip(b"\xef\xbb\xbf"), None   # (that mark: see bom)
     if kind == 4:
         return draw(st.sampled_from([b"", b"  ", b"\t\r"])), None
     record = draw(st.one_of(RECORDS, ANYTHING) if kind > 5 else good_records())
     text = json.dumps(record, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     if kind == 9:
         return text[:draw(st.integers(0, len(text)))], None
-    if kind == 8 and text.startswith(b'{"'):                        # a name twice
+    if kind == 8 and text.startswith(b'{"'):                        # a key appears twice
         return b'{"prompt": "a", "prompt": "b", ' + text[1:], False
     return text, True if kind == 5 else None
 
@@ -90,7 +90,7 @@ def lines(draw):
 @drawn(1200, content=st.lists(lines(), max_size=6), end=st.sampled_from([b"\n", b"\r\n"]), bom=st.booleans(),
        pack_as=st.sampled_from(["jsonl", "jsonl", "jsonl.gz", "json", "json.gz"]), damage=st.integers(0, 40))
 def test_a_file_loads_or_names_its_line(tmp_path_factory, tokenizer, content, end, bom, pack_as, damage):
-    """Each line is judged as it is alone; what is good loads; what is not is named, the first one at once."""
+    """Each line is judged alone: good ones load, bad ones are named (without skip_bad, only the first)."""
     path = tmp_path_factory.getbasetemp() / f"drawn.{pack_as}"
     raw = b"\xef\xbb\xbf" * bom + end.join(line for line, _ in content)
     parquet = raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"PAR1")    # or taken for it
@@ -101,7 +101,7 @@ def test_a_file_loads_or_names_its_line(tmp_path_factory, tokenizer, content, en
         content = None
     try:
         found = [(where, error) for where, error, _ in read_pairs(path, tokenizer)]
-    except BadData as error:                                        # of the file
+    except BadData as error:                                        # the file as a whole is bad
         assert str(error).startswith(f"{path}:") and content is None
         return
     bad = [(where, str(error)) for where, error in found if isinstance(error, BadData)]
@@ -149,7 +149,7 @@ SPELT = st.lists(st.one_of(WHOLE, st.sampled_from(["<s>", "</s>", "<end>", "<unk
 
 @drawn(400, prompt=SPELT, chosen=SPELT, rejected=SPELT)
 def test_tokens_decode_to_the_text(tokenizers, prompt, chosen, rejected):
-    """Exactly, whatever characters it has, also where it spells a special token; with one end, and no start twice."""
+    """Exactly, also where a text spells a special token; with one end token and no second start token."""
     for one in tokenizers:
         end, start = one.text([one.eos]), one.text(one.bos)
         if chosen.removesuffix(end) == rejected.removesuffix(end):
@@ -191,7 +191,7 @@ def test_packing_loses_nothing_and_keeps_the_budget(costs, budget, multiple, par
     loads = [sum(costs[i] for i in row) for row in rows]
     if max(costs[i] for i in indices) <= budget:
         assert max(loads) <= budget
-    else:                                                            # only those that fit nowhere are over it, alone
+    else:                                                            # only what fits nowhere exceeds it, alone
         assert all(load <= budget or len(row) == 1 for load, row in zip(loads, rows))
 
 
@@ -202,7 +202,7 @@ GROUPS = st.integers(0, 3).flatmap(lambda responses: st.lists(st.tuples(
 
 @drawn(400, groups=GROUPS.filter(lambda groups: any(map(len, groups[0][1:]))))
 def test_each_scored_token_sees_its_prompt_and_its_own_response(groups):
-    """Read off a row: what the prediction of a token sees is the prompt, then the response as far as that token."""
+    """In a row, the prediction of a token sees the prompt, then its own response before that token."""
     rows = collate([tuple(map(np.array, group)) for group in groups], BRANCHES)
     tokens, positions, segments = (x[0].tolist() for x in rows.inputs()[:3])
     found = {}

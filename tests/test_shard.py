@@ -1,4 +1,4 @@
-"""Two processes that share the model out (FSDP2, gloo) against one that has all of it."""
+"""Two processes, each with a share of the model (FSDP2, gloo), against one that has all of it."""
 import json
 import os
 import subprocess
@@ -39,7 +39,7 @@ def test_shares_give_the_steps_of_one_process(run, make_model, pairs, tmp_path, 
     found, want = (load_file(tmp_path / out / "model.safetensors") for out in ("two", "one"))
     before = load_file(make_model(name) / "model.safetensors")
     assert found.keys() == want.keys() == before.keys()
-    for key in want:                                    # (Adam makes full steps of gradients that are rounding noise)
+    for key in want:                                    # (Adam takes full steps where gradients are rounding noise)
         assert (found[key] - want[key]).norm() < 1e-3 * (want[key] - before[key]).norm(), key
 
 

@@ -38,7 +38,7 @@ def held_out(tmp_path_factory, population):
 
 @pytest.fixture(scope="module")
 def trained(run, make_model, pairs, held_out, tmp_path_factory):
-    """One run of one process, in one row a step."""
+    """One run of one process, with one row per step."""
     out = tmp_path_factory.mktemp("out")
     done = run("train.py", "--model", make_model(), "--data", pairs, "--eval-data", held_out, "--out", out, *QUICK)
     assert done.returncode == 0, done.stderr
@@ -106,7 +106,7 @@ def test_the_folder_loads_in_transformers(trained, make_model):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(ids).logits
         assert (theirs - Transformer.from_pretrained(out).logits(ids)).abs().max() < 1e-4
     assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<end>"
-    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]      # no loader mistakes another
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]      # a loader finds no other
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "preference-trained by mallows-theta" in card
     assert "| held-out loss | 0." in card and "trust" in card and "| beta | 0.1 |" in card and "smoothing" not in card
@@ -127,7 +127,7 @@ def same_run(trained, other, exactly=False):
 
 @pytest.mark.parametrize("processes, row", [(1, 64), (2, 2048), (3, 50)])
 def test_processes_and_rows_change_nothing(trained, run, make_model, pairs, held_out, tmp_path, processes, row):
-    """50 pairs in batches of 16 over 2 and 3 processes: neither divides."""
+    """50 pairs in batches of 16 over 2 and 3 processes: neither number divides."""
     done = run("train.py", "--model", make_model(), "--data", pairs, "--eval-data", held_out, "--out", tmp_path / "out",
                "--tokens-per-row", row, *QUICK, processes=processes)
     assert done.returncode == 0, done.stderr
@@ -428,7 +428,7 @@ def test_the_dispersion_of_the_records(run, make_model, population, tmp_path, so
 
 
 def test_the_trust_in_the_index_is_learned(run, make_model, population, tmp_path):
-    """Scores are learned from if nothing else is said, over two processes as over one; the verdict says what it was."""
+    """With scores, the power is learned by default, by two processes as by one; the verdict reports it."""
     records = [{**record, "scores": [i % 5, 1]} for i, record in enumerate(population.judgements(48, seed=3))]
     write_jsonl(tmp_path / "data.jsonl", records)
     for processes in (1, 2):
@@ -468,7 +468,7 @@ def test_bfloat16_weights_move_at_small_rates():
 
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "low rank"])
 def test_the_measurement_of_memory(make_model, pairs, capsys, kind):
-    """The largest row goes there and back, once; no gradient stays, and no later step is another one."""
+    """The largest row runs forward and backward once; no gradient stays, and the printed sizes are right."""
     model = Transformer.from_pretrained(make_model("llama-grouped"))
     model.checkpointed = kind == "checkpointed"
     if kind == "low rank":
@@ -514,7 +514,7 @@ def test_running_out_of_memory_comes_before_the_reference_pass(make_model, pairs
 
 @pytest.mark.parametrize("generation, dtype", [(7, torch.float16), (9, torch.bfloat16)])
 def test_what_a_gpu_computes_in(monkeypatch, generation, dtype):
-    """An old one makes do without bfloat16, which torch calls supported: it imitates it, slowly."""
+    """An old GPU uses float16: torch calls bfloat16 supported there, but emulates it, slowly."""
     for name, answer in [("is_available", True), ("current_device", 0), ("_check_bf16_tensor_supported", True),
                          ("get_device_properties", types.SimpleNamespace(major=generation)), ("set_device", None)]:
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)

@@ -1,4 +1,4 @@
-"""Kill training runs at random moments, resume them, and compare what they end with to a run that nobody disturbed.
+"""Kill training runs at random moments, resume them, and compare the results with an undisturbed run.
 
     python tests/torture.py                                 20 kills of one process, 3 of one of two ranks: 2 minutes
     python tests/torture.py --kills 3 --rank-kills 1        what pytest does
@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"                    # processes are forked: no threads, and no imports each time
+os.environ["OMP_NUM_THREADS"] = "1"                    # we fork, to import once; threads do not survive
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -37,7 +37,7 @@ OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.trun
 
 
 def make_inputs(folder: Path) -> None:
-    """A random model in bfloat16, so that its folder alone cannot resume it, and pairs, some of them twice."""
+    """Write a random bfloat16 model (too coarse to resume from its folder alone) and pairs, some twice."""
     population = Population()
     files = population.tokenizer_files()
     vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
@@ -51,7 +51,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def keep_states(out: Path) -> None:
-    """Copy what AdamW remembers out of each checkpoint, as the last one goes when the run ends."""
+    """Copy AdamW's state out of each checkpoint, because the last one is deleted when the run ends."""
     def copy():
         for folder in train.checkpoints(out)[:1]:
             shutil.copy(folder / "state.safetensors", out.with_suffix(".state"))
@@ -65,7 +65,7 @@ def keep_states(out: Path) -> None:
 
 
 def in_child(job, log: Path) -> int:
-    """job() in a forked process; its id."""
+    """Run job() in a forked process -> its id."""
     child = os.fork()
     if child:
         return child
@@ -83,7 +83,7 @@ def in_child(job, log: Path) -> int:
 
 
 def run_once(folder: Path, out: Path, at_second: float | None = None, at_operation: int | None = None) -> int:
-    """Train, or go on, until the end or the kill; the status: 0, or -9."""
+    """Train, or resume, until the end or the kill -> exit status 0 or -9."""
     def job():
         keep_states(out)
         count = [0]
@@ -108,7 +108,7 @@ def run_once(folder: Path, out: Path, at_second: float | None = None, at_operati
 
 
 def contents(out: Path) -> dict:
-    """All that must be equal."""
+    """All results of a run that must be equal."""
     found = {"state": load_file(out.with_suffix(".state")), "model": load_file(out / "model.safetensors")}
     scores = load_file(out / "cache/reference.safetensors")
     order = sorted(range(len(scores["digest"])), key=lambda i: scores["digest"][i].tolist())
@@ -179,7 +179,7 @@ def kill_ranks(folder: Path, kills: int, rng: random.Random) -> None:
 
 
 def worker(folder: Path, out: Path, moments: list[int]) -> None:
-    """A rank under torchrun; in try r, rank r % 2 kills itself in its step moments[r]."""
+    """One rank under torchrun; in attempt r, rank r % 2 kills itself in its step number moments[r]."""
     keep_states(out)
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
     count, step = [0], train.train_step
