@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, starved of disk or fed with bad numbers, and go on."""
+"""Runs that are stopped, killed, out of disk or fed bad numbers, and then resume."""
 import builtins
 import json
 import math
@@ -101,7 +101,7 @@ def test_a_file_for_scores_that_is_none_leaves_all_as_it_was(job, pairs, tmp_pat
 
 
 def test_a_step_has_one_number(job, capsys):
-    """The third one is 3 where it is done, where it is kept, where it is evaluated, and where the run goes on."""
+    """The third step is 3 in its own line, in the checkpoint, in the evaluation and where the run resumes."""
     job(stop_at=2, log_every=1, eval_every=3)
     job(resume=True, log_every=1, eval_every=3)
     said = re.findall(r"^(?:step +\d+(?:/6|  held out)|start +\w+ step \d+)", capsys.readouterr().out, re.MULTILINE)
@@ -149,7 +149,7 @@ def test_a_power_that_is_learned_goes_on_where_it_stopped(job, tmp_path):
 
 
 def test_half_a_removed_checkpoint_is_no_obstacle(job, tmp_path):
-    """As a run leaves it that is killed while it removes its last checkpoint."""
+    """As left by a run that was killed while it removed its last checkpoint."""
     job(stop_at=1)
     (tmp_path / "out/checkpoint/new/model").mkdir(parents=True)
     (tmp_path / "out/checkpoint/new/model/config.json").write_text("{}")
@@ -192,7 +192,7 @@ def test_lists_and_flags_that_are_newer_than_the_record_do_not_stand_in_the_way(
     job(stop_at=2, **flags)
     path = checkpoints(tmp_path / "out")[0] / "state.json"
     state = json.loads(path.read_text())
-    del state["run"]["config"]["compile"]                                   # as written before there was --compile
+    del state["run"]["config"]["compile"]                                   # as written before --compile existed
     path.write_text(json.dumps(state))
     with pytest.raises(BadConfig, match=r"with other settings: lora_targets"):
         job(resume=True, **{**flags, "lora_targets": ("q",)})
@@ -211,7 +211,7 @@ def test_what_may_change(job, pairs, tmp_path):
 
 
 def test_a_reference_that_was_removed_is_made_again(job, tmp_path):
-    """By the model of --model, not by what was trained since."""
+    """By the model of --model, not by the weights trained since."""
     job(out=str(tmp_path / "whole"))
     job(stop_at=2)
     (tmp_path / "out/cache/reference.safetensors").unlink()
@@ -256,7 +256,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
                 for name in names.split():
                     patch.setattr(place, name, failing(getattr(place, name)))
             try:
-                save(last, 3)                                        # of 3, though the weights are of 2
+                save(last, 3)                                        # as step 3, with the weights of step 2
             except RunFailed as error:
                 assert "cannot be written ([Errno 28]" in str(error) and "bytes are free in" in str(error)
         found = checkpoints(out)
@@ -269,7 +269,7 @@ def test_an_error_at_any_file_operation_of_a_save(job, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_full(job, make_model, pairs, tmp_path, monkeypatch):
-    """Files of at most 300 kB, as much as the weights take."""
+    """Files may have at most 300 kB, as much as the weights take."""
     job(stop_at=1)
     out = tmp_path / "out"
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); " \
@@ -333,15 +333,15 @@ def test_skipping_ends_after_so_many_in_a_row(job, monkeypatch, tmp_path):
 
 
 def test_steps_of_the_scaler_are_no_errors(monkeypatch):
-    """float16 needs a GPU; here, the scaler's rules alone."""
+    """float16 needs a GPU; this tests the scaler's rules alone."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     p = torch.nn.Parameter(torch.ones(1))
     optimizer = train.AdamW([p], 1e-3)
     for scale in (4.0, 2.0, 1.0):
-        assert scaler.get_scale() == scale                       # at 1 it is an error
+        assert scaler.get_scale() == scale                       # at 1, inf is an error
         (scaler.scale(p.sum()) * math.inf).backward()
         scaler.unscale_(optimizer)
-        scaler.update()                                          # without a step, as where one is skipped
+        scaler.update()                                          # without optimizer.step(), as if skipped
         p.grad = None
 
 
@@ -370,7 +370,7 @@ def test_two_runs_in_one_folder(job, tmp_path):
 
 
 def test_two_runs_share_a_reference(tmp_path):
-    """Of two that write at once, neither loses a score; the lock is one between threads, too."""
+    """Two runs that write at once lose no scores; the lock works between threads, too."""
     path = tmp_path / "r.safetensors"
 
     def write(n):
@@ -435,7 +435,7 @@ def test_the_second_ctrl_c_leaves_at_once(make_model, pairs, tmp_path):
     def impatient(step, model):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-            assert len(rows_of(tmp_path / "metrics.jsonl")) == 1                  # still here
+            assert len(rows_of(tmp_path / "metrics.jsonl")) == 1                  # still running
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
             pytest.fail("was not interrupted")
