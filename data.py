@@ -747,7 +747,7 @@ def read_pairs(names, tokenizer: Tokenizer | None, need_rejected: bool = True,
 
     with ThreadPoolExecutor(1) as thread:               # encodes a block while the previous one is checked
         blocks = map(begin, iter(lambda: list(itertools.islice(records, 64)), []))
-        for (block, finish), _ in itertools.pairwise(itertools.chain(blocks, [None])):
+        for (block, finish), _ in itertools.pairwise(itertools.chain(blocks, [None])):  # the next one is begun
             found = iter(finish())
             for where, record in block:
                 if where is None:
@@ -901,7 +901,7 @@ def pack(indices: list[int], costs: list[int], budget: int, multiple: int = 1) -
             emptiest = load.index(min(load))
             rows[emptiest].append(i)
             load[emptiest] += costs[i]
-        if max(load) <= budget or count >= len(indices) + multiple:
+        if max(load) <= budget or count >= len(indices) + multiple:     # (each alone: a pair exceeds the budget)
             return rows
 
 
@@ -914,7 +914,7 @@ class Split:
     ref_logp: Tensor             # (P, 2) the reference's log-probability of both responses, nats
     index: Tensor                # (P,) dispersion index, or the phi of the record; nan: not visited
     weight: Tensor               # (P,) weight of the prompt in the loss
-    start_logp: Tensor           # (P, 2) the policy's before step 1; ref_logp unless that is a mix of several
+    start_logp: Tensor           # (P, 2) the untrained policy's: ref_logp, except with --references
     advantage: Tensor            # (P, 2) see mallowspo.advantages
     ref_tokens: dict[int, np.ndarray]       # per-token ref_logp of each pair, chosen then rejected
 
@@ -988,13 +988,13 @@ class PackedRow(NamedTuple):
     target: Tensor               # (N,) id of scored token n
     owner: Tensor                # (N,) the response it belongs to: group * R + response
     place: Tensor                # (N,) its place in the response, from 0
-    length: Tensor               # (P, R) scored tokens of each response
+    length: Tensor               # (G, R) scored tokens of each response of each group
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self[:5]
 
     def sum_by_response(self, values: Tensor) -> Tensor:
-        """(N,) values of scored tokens -> (P, R) sums per response; float64 makes their order irrelevant."""
+        """(N,) values of scored tokens -> (G, R) sums per response; float64 makes their order irrelevant."""
         zeros = torch.zeros(self.length.numel(), dtype=torch.float64, device=values.device)
         return zeros.index_add(0, self.owner, values.double()).view(self.length.shape).to(values.dtype)
 
@@ -1006,15 +1006,15 @@ def collate(groups: list[tuple[np.ndarray, ...]], branches: int, device: str | t
     if any(len(group) > branches for group in groups):
         raise ValueError(f"a prompt with {max(map(len, groups)) - 1} responses; a row holds at most {branches - 1}")
     filled = groups or [([0], [], [])]                                    # a row with nothing scored: one lone token
-    length = np.array([[len(ids) for ids in responses] for _, *responses in filled])                      # (P, R)
+    length = np.array([[len(ids) for ids in responses] for _, *responses in filled])                      # (G, R)
     parts = [ids[:-1] if b else ids for group in filled for b, ids in enumerate(group)]
-    size = np.array([len(part) for part in parts]).reshape(len(filled), -1)                               # (P, 1 + R)
-    start = (size.cumsum() - size.ravel()).reshape(size.shape)            # of each part in T             # (P, 1 + R)
-    segments = branches * np.arange(len(filled))[:, None] + np.arange(size.shape[1])                      # (P, 1 + R)
-    shift = np.where(np.arange(size.shape[1]) > 0, size[:, :1], 0) - start  # place in T -> position      # (P, 1 + R)
+    size = np.array([len(part) for part in parts]).reshape(len(filled), -1)                               # (G, 1 + R)
+    start = (size.cumsum() - size.ravel()).reshape(size.shape)            # of each part in T             # (G, 1 + R)
+    segments = branches * np.arange(len(filled))[:, None] + np.arange(size.shape[1])                      # (G, 1 + R)
+    shift = np.where(np.arange(size.shape[1]) > 0, size[:, :1], 0) - start  # place in T -> position      # (G, 1 + R)
     owner = np.repeat(np.arange(length.size), length.ravel())                                             # (N,)
     place = np.arange(len(owner)) - (length.cumsum() - length.ravel())[owner]                             # (N,)
-    fork = np.broadcast_to(start[:, :1] + size[:, :1] - 1, length.shape)  # what predicts the first token  (P, R)
+    fork = np.broadcast_to(start[:, :1] + size[:, :1] - 1, length.shape)  # what predicts the first token  (G, R)
     source = np.where(place > 0, start[:, 1:].ravel()[owner] + place - 1, fork.ravel()[owner])            # (N,)
     segments, shift = (np.repeat(values.ravel(), size.ravel()) for values in (segments, shift))           # (T,)
     row = np.concatenate(parts), np.arange(size.sum()) + shift, segments                                  # (T,) each

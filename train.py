@@ -54,22 +54,23 @@ from mallowspo import LOSSES, TOKEN_WEIGHTS, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. The method and the loop
+# 1. The method and the loop.  Split: pairs, and what the loss needs of each (data.py).  Run: the model, its
+#    optimiser, and state, which a checkpoint keeps (section 4).  World: this process among all (section 5).
 
 def score_pairs(policy, method: Method, split: Split, indices: list[int], step: int, world: World) -> Outcome:
     """Run the policy on these pairs, packed into one row of tokens -> their losses and the rest of Outcome.
     `step` only seeds the random draw of tokens, in methods that draw some (token_weights "sample")."""
-    row = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)        # prompt, chosen, rejected
+    packed = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)        # prompt, chosen, rejected
     at = to_device(indices, world.device)
     with world.autocast():
-        logp, _ = policy(*row.inputs())                                 # (N,) of all response tokens; no entropies
-    plain = row.sum_by_response(logp)                                   # (B, 2)
+        logp, _ = policy(*packed.inputs())                                 # (N,) of all response tokens; no entropies
+    plain = packed.sum_by_response(logp)                                   # (B, 2)
     weighted, ref_logp = plain, split.ref_logp[at]
     if method.token_weights != "equal":
         ref_tokens, mask = split.token_inputs(method.token_weights, indices, step)      # (N,)
-        a = mallowspo.token_weights(method, logp, row.place, mask)
-        weighted, ref_logp = row.sum_by_response(a * logp), row.sum_by_response(a * ref_tokens)
-    return mallowspo.objective(method, weighted, ref_logp, row.length, split.weight[at], plain, split.advantage[at])
+        a = mallowspo.token_weights(method, logp, packed.place, mask)
+        weighted, ref_logp = packed.sum_by_response(a * logp), packed.sum_by_response(a * ref_tokens)
+    return mallowspo.objective(method, weighted, ref_logp, packed.length, split.weight[at], plain, split.advantage[at])
 
 
 def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], list[float]]:
@@ -78,13 +79,13 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
     rows = split.schedule.rows(step, world.rank, world.size)            # this rank's; all have equally many
     outcomes = []
     for indices in rows:
-        with gradient_sync(run.policy, world, now=indices is rows[-1]):
+        with gradient_sync(run.policy, world, last=indices is rows[-1]):
             # --- the method: everything else in this file is bookkeeping ------------------------------------
             outcome = score_pairs(run.policy, run.cfg.method, split, indices, step, world)
             loss = outcome.loss.sum() / len(batch)                      # same for any number of ranks, rows
             # ------------------------------------------------------------------------------------------------
             run.scaler.scale(loss * world.size).backward()              # DDP takes the mean over ranks, not the sum
-        outcomes.append(torch.stack(outcome).detach())                  # (7, B)
+        outcomes.append(torch.stack(outcome).detach())                  # (7, pairs of this row)
         del outcome, loss                                               # or two rows' graphs are in memory
     outcomes = torch.cat(outcomes, 1)                                   # (7, pairs of this rank), in the rows' order
     places = to_device([batch.index(i) for indices in rows for i in indices], world.device)
@@ -93,7 +94,7 @@ def train_step(run: Run, split: Split, step: int) -> tuple[dict[str, float], lis
     losses, accuracy = world.sum_over_ranks(of_pairs)                   # (pairs of all ranks), in the batch's order
     sums = world.sum_over_ranks(outcomes.sum(1)).tolist()               # one per field of Outcome
     bad = [i for i, sound in zip(batch, losses.isfinite().tolist()) if not sound]
-    norm = run.update_weights(split, step, bad)                         # the optimiser's step; frees the gradients
+    norm = run.optimizer_step(split, step, bad)                         # the optimiser's step; frees the gradients
     figures = {name: total / len(batch) for name, total in zip(Outcome._fields, sums)}
     return {**figures, "lr": run.optimizer.lr, "grad_norm": norm}, accuracy.nan_to_num(0.5).tolist()
 
@@ -113,11 +114,11 @@ def train(run: Run, splits: list[Split]) -> None:
         run.optimizer.lr = learning_rate(cfg, step, split.steps)
         figures, accuracy = train_step(run, split, step)
         run.log_step(split, step, figures, began)
-        if 0 < step < split.schedule.steps_per_epoch:                   # in step 0 the policy is the reference
+        if 0 < step < split.schedule.steps_per_epoch:                   # first visits; at step 0 nothing is learned
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
-                weigh_prompts(cfg, splits, run.state)
-        save_if_due(run, step + 1, split.steps)                         # stops here if a signal asked for it
+                set_weights(cfg, splits, run.state)
+        save_or_stop(run, step + 1, split.steps)                         # stops here if a signal asked for it
 
 
 @torch.no_grad()
@@ -127,10 +128,10 @@ def evaluate(model: Transformer, method: Method, held_out: Split, world: World) 
     total = torch.zeros(len(Outcome._fields), device=world.device)
     accuracy = torch.zeros(len(held_out.pairs), device=world.device)
     for step in progress(world, "held out", range(held_out.steps), held_out.steps, "batches"):
-        for row in held_out.schedule.rows(step, world.rank, world.size):
-            outcome = score_pairs(model, method, held_out, row, 0, world)     # step 0: same draw each time
+        for indices in held_out.schedule.rows(step, world.rank, world.size):
+            outcome = score_pairs(model, method, held_out, indices, 0, world)     # step 0: same draw each time
             total += torch.stack([value.sum() for value in outcome])    # (7,)
-            accuracy[to_device(row, world.device)] = outcome.accuracy
+            accuracy[to_device(indices, world.device)] = outcome.accuracy
     means = world.sum_over_ranks(total) / len(held_out.pairs)
     quarters = mallowspo.accuracy_by_quartile(world.sum_over_ranks(accuracy), held_out.index)
     return {**dict(zip(Outcome._fields, means.tolist())), "accuracy_by_quartile": quarters}
@@ -161,8 +162,8 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
     After an interruption, the next call scores only what is not in the file yet."""
     rows = [[split.pairs[i] for i in row] for split in splits for step in split.first_epoch()
             for row in split.schedule.all_rows(step, world.size)]  # all ranks' rows; rank r has rows[r::size]
-    first = {pair.digest(): i for i in reversed(range(len(rows))) for pair in rows[i]}
-    known = write_reference(path, key, {})
+    first = {pair.digest(): i for i in reversed(range(len(rows))) for pair in rows[i]}     # the lowest i stays
+    known = read_reference(path, key)
     missing = first.keys() - known.keys()
     what = f"scoring {len(missing):,} pairs into" if missing else "all scores reused from"
     world.say(f"reference   {what} {path}")
@@ -176,14 +177,14 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
                 if first[pair.digest()] == i and pair.digest() in missing:
                     fresh.setdefault(pair.digest(), scores)
             if time.perf_counter() - saved > SCORES_SECONDS:
-                write_reference(path, key, fresh)
+                add_scores(path, key, fresh)
                 fresh, saved = {}, time.perf_counter()
     finally:
-        write_reference(path, key, fresh)
+        add_scores(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
         world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
-    known = write_reference(path, key, {})
+    known = read_reference(path, key)
     if not first.keys() <= known.keys():
         raise RunFailed(f"{path}: lacks the scores of another process; all machines must share this file")
     return known
@@ -194,7 +195,7 @@ def score_row(model: Transformer, row: list[Pair], world: World) -> list[Scores]
     """Score the pairs of one row with the model, which is the reference."""
     packed = collate([pair[:3] for pair in row], BRANCHES, world.device)
     with world.autocast():
-        scores = torch.stack(model(*packed.inputs(), entropy=True)).cpu().numpy()         # (2, N): waits for a GPU
+        scores = torch.stack(model(*packed.inputs(), entropy=True)).cpu().numpy()         # (2, N); synchronises
     if not np.isfinite(scores[0]).all():
         raise RunFailed("the reference's scores are not finite; are the weights of --model sound? The pairs: "
                         + ", ".join(pair.where for pair in row[:8]))
@@ -245,7 +246,7 @@ def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) 
         values = [torch.tensor([getattr(pair, name) for pair in each.pairs]) for each in splits]
         for each, value in zip(splits, values):
             each.index = to_phi(value, values[0]).float()                                             # (P,)
-    weigh_prompts(cfg, splits, state)
+    set_weights(cfg, splits, state)
     run, visited, how = state["run"], splits[0].visited(), "given" if cfg.phi_star else "calibrated"
     weight, clamped = splits[0].weight[visited], mallowspo.count_clamped(splits[0].index[visited])
     learned = " so far, learned from the pairs" if cfg.power == "learn" else ""
@@ -254,7 +255,7 @@ def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) 
               f"sd {weight.std(correction=0):.3f}; {clamped} of {len(visited):,} indices clamped")
 
 
-def weigh_prompts(cfg: Config, splits: list[Split], state: dict) -> None:
+def set_weights(cfg: Config, splits: list[Split], state: dict) -> None:
     """Set the weight of every prompt; without --phi-star, its mean over the training pairs (splits[0]) is 1.
     A learned power is fitted to the pairs visited so far: only past steps matter, so resuming is exact."""
     power, seen = cfg.power, splits[0].index[splits[0].visited()]
@@ -348,7 +349,7 @@ NAMES = "name files or folders", lambda v: all(name and name.isprintable() for n
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TERMS = ("dispersion", "token_weights", "clip_rejected", "length_term", "smoothing", "focal", "advantage", "references")
-PARTS = {**mallowspo.PARTS, "reference_mix": "references", "reference_clip": "references",
+NEEDS = {**mallowspo.PARTS, "reference_mix": "references", "reference_clip": "references",
          "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank"}     # what each needs
 
 
@@ -446,7 +447,7 @@ class Config:
             refuse(term in used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
         for term in ("references", "clip_rejected"):
             refuse(term in used and not method.alpha, f"{dashed(term)} is about the reference; --alpha 0 has none")
-        for part, whole in PARTS.items():
+        for part, whole in NEEDS.items():
             refuse(getattr(self, part) not in (None, False) and whole not in used,
                    f"{dashed(part)} needs {dashed(whole)}, which is not in use")
         refuse(self.loss == "mrpo" and not self.references, "--references is missing: mrpo needs one or more")
@@ -550,7 +551,7 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
         path = Path(cfg.reference or out / "cache/reference.safetensors")
         scored = method.link and (method.alpha or method.dispersion == "entropy")
         if scored and cfg.reference:
-            write_reference(path, record["model_sha256"], {})      # if it fails, nothing has changed yet
+            add_scores(path, record["model_sha256"], {})      # if it fails, nothing has changed yet
         state = world.on_rank0(start_or_resume, cfg, record)
         if state is None:
             return
@@ -751,7 +752,7 @@ class Run:
         for name in ("metrics", "evaluations"):
             cut_log(Path(self.cfg.out) / f"{name}.jsonl", self.state["step"], self.world)
 
-    def update_weights(self, split: Split, step: int, bad: list[int]) -> float:
+    def optimizer_step(self, split: Split, step: int, bad: list[int]) -> float:
         """Clip the gradients, take the step -> their norm before clipping.  If the loss (of pairs `bad`) or
         a gradient is not finite, record and skip the step, or raise RunFailed."""
         self.scaler.unscale_(self.optimizer)
@@ -927,11 +928,11 @@ def apply_fsdp(model: Transformer, world: World) -> None:
     register_fsdp_forward_method(model, "predict")
 
 
-def gradient_sync(policy, world: World, now: bool):
-    """A context for a backward pass: sum the gradients over ranks `now`, or leave that to a later row."""
+def gradient_sync(policy, world: World, last: bool):
+    """A context for a row's backward pass: after the last row of a step the gradients are summed over ranks."""
     if world.shard:
-        policy.set_requires_gradient_sync(now)
-    return contextlib.nullcontext() if now or world.shard or world.size == 1 else policy.no_sync()
+        policy.set_requires_gradient_sync(last)
+    return contextlib.nullcontext() if last or world.shard or world.size == 1 else policy.no_sync()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1070,7 +1071,7 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
     return dict(zip(map(bytes, digests), map(Scores, np.split(logp, ends), np.split(entropy, ends))))
 
 
-def write_reference(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[bytes, Scores]:
+def add_scores(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[bytes, Scores]:
     """Add scores to the file, as other processes may at the same time; old ones stay -> all its scores."""
     with lock_folder(path.with_name(path.name + ".lock")):
         scores = fresh | read_reference(path, key)
@@ -1105,7 +1106,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint/step-*"), reverse=True)
 
 
-def save_if_due(run: Run, done: int, steps: int) -> None:
+def save_or_stop(run: Run, done: int, steps: int) -> None:
     """Save a checkpoint every --save-every steps (default: every half hour by rank 0's clock) and after the
     last step.  A signal to any rank saves one too, and ends the run here."""
     every, world = run.cfg.save_every, run.world

@@ -29,7 +29,7 @@ SOURCES = {"base": {"dispersion": "constant"},
            "estimated": {"dispersion": "entropy"},
            "learned": {"dispersion": "entropy", "dispersion_power": "learn"},
            "true": {"dispersion": "field"},
-           "shuffled": {"dispersion": "field"}}                     # each question has another one's index
+           "shuffled": {"dispersion": "field"}}                     # the true phi of another question
 BETAS = {"simpo": 2.0}                                              # 0.1 for the others
 KLS = (0.05, 0.1, 0.15)
 
@@ -50,7 +50,7 @@ def run_seed(out: Path, seed: int) -> None:
             if any(row["method"] == name for row in runs):
                 continue
             if source == "shuffled" and not shuffled.exists():
-                write_shuffled(out, pairs, shuffled, seed)
+                write_shuffled(pairs, shuffled, seed)
             beta = BETAS.get(method, 0.1)
             cfg = train.Config(**{**train.DEMO, "model": str(out / "demo/reference"), "loss": method, "seed": seed,
                                   "data": str(shuffled if source == "shuffled" else pairs), "beta": beta,
@@ -63,14 +63,11 @@ def run_seed(out: Path, seed: int) -> None:
             found.write_text(json.dumps(runs))
 
 
-def write_shuffled(out: Path, pairs: Path, shuffled: Path, seed: int) -> None:
-    """Write the pairs, each question with the index that another one had in the last run."""
-    lines = [json.loads(line) for line in (out / "run/dispersion.jsonl").read_text().splitlines()]  # of the last run
-    entropy = {int(line["where"].rpartition(":")[2]) - 1: line["entropy"] for line in lines}
-    index = [np.mean([value for place, value in entropy.items() if place % 24 == q]) for q in range(24)]
-    index = np.random.default_rng(seed).permutation(index)
+def write_shuffled(pairs: Path, shuffled: Path, seed: int) -> None:
+    """Write the pairs, each question with the true dispersion of another one."""
     records = [json.loads(line) for line in pairs.read_text().splitlines()]
-    train.write_jsonl(shuffled, ({**record, "dispersion": index[i % 24]} for i, record in enumerate(records)))
+    phi = np.random.default_rng(seed).permutation([record["dispersion"] for record in records[:24]])
+    train.write_jsonl(shuffled, ({**record, "dispersion": phi[i % 24]} for i, record in enumerate(records)))
 
 
 def first_at(rows: list[dict], method: str, kl: float) -> dict[str, float] | None:

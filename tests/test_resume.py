@@ -376,7 +376,7 @@ def test_two_runs_share_a_reference(tmp_path):
     def write(n):
         for i in range(40):
             one = np.full(3, i, dtype=np.float32)
-            train.write_reference(path, "key", {bytes([n, i] + 14 * [0]): train.Scores(one, one)})
+            train.add_scores(path, "key", {bytes([n, i] + 14 * [0]): train.Scores(one, one)})
     runs = [threading.Thread(target=write, args=(n,)) for n in range(2)]
     for run in runs:
         run.start()
