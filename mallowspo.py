@@ -32,6 +32,8 @@ be trusted can be learned from the pairs themselves, see fit_trust.  In a traini
   outcome.loss.mean().backward()
   print(outcome.accuracy.mean(), outcome.margin.mean())
 
+(Rows with token weights, an advantage or several references need more than this: see objective and section 2.)
+
     python mallowspo.py             prints what the dispersion does to the loss
 
 The file: 1. the objective -> 2. its terms that have a formula of their own -> 3. the dispersion index and weight ->
