@@ -930,7 +930,8 @@ class Split:
             raise BadData(f"--tokens-per-row {budget} is too small for {pairs[longest].where}, which takes "
                           f"{costs[longest]} tokens; raise it, or lower --max-tokens")
         schedule, zeros = Schedule(costs, batch_size, seed, budget), torch.zeros(len(pairs), 2, device=device)
-        advantage = mallowspo.advantages(torch.tensor([pair.rewards or [0, 0] for pair in pairs])).to(zeros)
+        rewards = torch.tensor([pair.rewards or [0, 0] for pair in pairs], dtype=torch.float64)
+        advantage = mallowspo.advantages(rewards).to(zeros)
         return cls(pairs, schedule, schedule.steps_per_epoch, zeros, torch.full((len(pairs),), torch.nan),
                    torch.ones(len(pairs), device=device), zeros, advantage, {})
 

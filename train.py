@@ -60,11 +60,11 @@ from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, rea
 def score_pairs(policy, method: Method, split: Split, indices: list[int], step: int, world: World) -> Outcome:
     """Run the policy on these pairs, packed into one row of tokens -> their losses and the rest of Outcome.
     `step` only seeds the random draw of tokens, in methods that draw some (token_weights "sample")."""
-    packed = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)        # prompt, chosen, rejected
+    packed = collate([split.pairs[i][:3] for i in indices], BRANCHES, world.device)     # prompt, chosen, rejected
     at = to_device(indices, world.device)
     with world.autocast():
-        logp, _ = policy(*packed.inputs())                                 # (N,) of all response tokens; no entropies
-    plain = packed.sum_by_response(logp)                                   # (B, 2)
+        logp, _ = policy(*packed.inputs())                              # (N,) of all response tokens; no entropies
+    plain = packed.sum_by_response(logp)                                # (B, 2)
     weighted, ref_logp = plain, split.ref_logp[at]
     if method.token_weights != "equal":
         ref_tokens, mask = split.token_inputs(method.token_weights, indices, step)      # (N,)
@@ -118,7 +118,7 @@ def train(run: Run, splits: list[Split]) -> None:
             run.state["agrees"] += accuracy
             if cfg.power == "learn":
                 set_weights(cfg, splits, run.state)
-        save_or_stop(run, step + 1, split.steps)                         # stops here if a signal asked for it
+        save_or_stop(run, step + 1, split.steps)                        # stops here if a signal asked for it
 
 
 @torch.no_grad()
@@ -180,11 +180,12 @@ def score_reference(model: Transformer, path: Path, key: str, splits: list[Split
                 add_scores(path, key, fresh)
                 fresh, saved = {}, time.perf_counter()
     finally:
-        add_scores(path, key, fresh)
+        if fresh:
+            add_scores(path, key, fresh)
     world.barrier()                                                # now the file has the scores of all ranks
     if missing:
         world.say(f"            {len(missing) / (time.perf_counter() - began):.1f} pairs/s")
-    known = read_reference(path, key)
+        known = read_reference(path, key)
     if not first.keys() <= known.keys():
         raise RunFailed(f"{path}: lacks the scores of another process; all machines must share this file")
     return known
@@ -243,7 +244,7 @@ def prompt_weights(cfg: Config, splits: list[Split], state: dict, world: World) 
         return
     if method.dispersion in RECORD_PHI:
         name, to_phi = RECORD_PHI[method.dispersion]
-        values = [torch.tensor([getattr(pair, name) for pair in each.pairs]) for each in splits]
+        values = [torch.tensor([getattr(pair, name) for pair in each.pairs], dtype=torch.float64) for each in splits]
         for each, value in zip(splits, values):
             each.index = to_phi(value, values[0]).float()                                             # (P,)
     set_weights(cfg, splits, state)
@@ -340,7 +341,8 @@ ABOVE_0 = "be a number above 0", lambda v: 0 < v < math.inf
 FROM_0 = "be a number, 0 or above", lambda v: 0 <= v < math.inf
 SHARE = "be from 0 to 1", lambda v: 0 <= v <= 1
 BELOW_HALF = "be from 0 to below 0.5", lambda v: 0 <= v < 0.5
-POWER = "be learn, or from 0 to 8", lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1])
+POWER = (f"be learn, or from 0 to {mallowspo.POWERS[1]:g}",
+         lambda v: v == "learn" or (not isinstance(v, str) and 0 <= v <= mallowspo.POWERS[1]))
 FINITE = "be a number", math.isfinite
 PAIRS = "be a share below 1 or a whole number, not negative", lambda v: 0 <= v < 1 or (v > 0 and v % 1 == 0)
 SEED = "be from 0 to below 2^32", lambda v: 0 <= v < 2 ** 32
@@ -1003,11 +1005,14 @@ def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file: the content, or what content(path) writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)                       # a killed run's
+    new.touch()
+    mode = new.stat().st_mode                         # as the umask has it
     if callable(content):
         content(new)
     else:
         new.write_bytes(content)
-    new.chmod(0o644)                                  # safetensors makes files that only their owner can read
+    new.chmod(mode)                                   # safetensors makes files that only their owner can read
     fsync(new)
     os.replace(new, path)
 
@@ -1071,18 +1076,17 @@ def read_reference(path: Path, key: str) -> dict[bytes, Scores]:
     return dict(zip(map(bytes, digests), map(Scores, np.split(logp, ends), np.split(entropy, ends))))
 
 
-def add_scores(path: Path, key: str, fresh: dict[bytes, Scores]) -> dict[bytes, Scores]:
-    """Add scores to the file, as other processes may at the same time; old ones stay -> all its scores."""
+def add_scores(path: Path, key: str, fresh: dict[bytes, Scores]) -> None:
+    """Add scores to the file, as other processes may at the same time; those that are there stay."""
     with lock_folder(path.with_name(path.name + ".lock")):
         scores = fresh | read_reference(path, key)
         if not fresh:
-            return scores
+            return
         tensors = {"digest": np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, 16),
                    "length": np.array([len(score.logp) for score in scores.values()], dtype=np.int32),
                    "logp": np.concatenate([score.logp for score in scores.values()]),
                    "entropy": np.concatenate([score.entropy for score in scores.values()])}
         write_file(path, save(tensors, metadata={"key": key}))
-        return scores
 
 
 def refuse_small_disk(cfg: Config, model: Transformer) -> None:

@@ -293,7 +293,7 @@ def sft(args: argparse.Namespace) -> None:
     records = []
     for seed in range(copies):
         for text, ids in zip(texts, sample(task.reference, prompts, tokens, task.tokenizer.eos, seed, 0.7, 0.95)):
-            answer = task.tokenizer.text(ids).removesuffix("<|im_end|>").strip().removeprefix(text).strip()
+            answer = task.tokenizer.text(ids).strip().removeprefix(text).strip()
             if answer:
                 records.append({"prompt": text, "chosen": f" {answer}"})
     train.write_jsonl(task.folder / "reviews.jsonl", records)

@@ -28,6 +28,7 @@ from conftest import ROOT, pair_ids
 
 import data
 import mallowspo
+import train
 from data import (
     BadData,
     Schedule,
@@ -259,10 +260,10 @@ def test_many_at_once_are_as_one_by_one(chat_model, tokenizer):
               for name in TURN_ENDS for start in (False, True)]
     models += [chat_model(end + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}" + end)[0]
                for end in ("", "<s>", "<s> ")]
-    thread = ThreadPoolExecutor(1)
     for ours in [*models, tokenizer]:
         for records in (chats, texts, chats[:3] + texts[:3]):
-            found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records, thread)()]
+            with ThreadPoolExecutor(1) as thread:
+                found = [each if isinstance(each, tuple) else str(each) for each in ours.pairs(records, thread)()]
             assert found == [alone(ours, record) for record in records]
             for record, ids in zip(records, found):
                 if isinstance(record.prompt, list) and isinstance(ids, tuple):
@@ -440,6 +441,19 @@ def test_scores_reach_the_pair(tmp_path, tokenizer):
                                        {**GOOD, "scores": None}, GOOD])
     pairs = load_pairs(tmp_path / "f.jsonl", tokenizer, 50).pairs
     assert [pair.scores for pair in pairs] == [[3, 1.5], [-8, 1], [2, 1], None, None]
+
+
+def test_numbers_of_any_size(make_model, tmp_path, tokenizer):
+    """Beyond 64 bits too, whether the method looks at them or not."""
+    huge = [{**GOOD, "chosen": f" {word}", "scores": [10 ** 20, i], "rewards": [10 ** 20, 0]}
+            for i, word in enumerate(["yes", "no"])]
+    write_jsonl(tmp_path / "f.jsonl", [{**record, "rejected": " the"} for record in huge])
+    split = data.Split.plan(load_pairs(tmp_path / "f.jsonl", tokenizer, 50).pairs, 2, 0, None, 64, torch.device("cpu"))
+    assert split.advantage[1].tolist() == pytest.approx([5e19, -5e19])
+    job = {"model": str(make_model()), "data": str(tmp_path / "f.jsonl"), "steps": 1, "samples": 0, "device": "cpu"}
+    for number, more in enumerate([{"loss": "dpo"}, {"dispersion": "scores"}]):
+        train.fit(train.Config(**job, **more, out=str(tmp_path / str(number))), train.join_world(train.Config()))
+        assert json.loads((tmp_path / str(number) / "run.json").read_text())["finished"]
 
 
 def test_votes_reach_the_pair(tmp_path, tokenizer):

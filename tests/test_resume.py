@@ -387,18 +387,22 @@ def test_two_runs_share_a_reference(tmp_path):
     assert all(score.logp.tolist() == 3 * [key[1]] for key, score in found.items())
 
 
-def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsys):
-    rows, collate = [0], train.collate
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_an_interrupted_reference_pass_goes_on(job, tmp_path, monkeypatch, capsys, seconds):
+    """Its scores are written every so many seconds, and at the interruption."""
+    rows, collate, path = [0], train.collate, tmp_path / "out/cache/reference.safetensors"
 
     def interrupted(groups, branches, device):
         rows[0] += 1
         if rows[0] == 4:                                           # the first one measures the memory
+            assert path.exists() == (seconds == 0)
             raise KeyboardInterrupt(signal.SIGINT)
         return collate(groups, branches, device)
     monkeypatch.setattr(train, "collate", interrupted)
+    monkeypatch.setattr(train, "SCORES_SECONDS", seconds)
     with pytest.raises(KeyboardInterrupt):
         job(tokens_per_row=100)
-    done = len(load_file(tmp_path / "out/cache/reference.safetensors")["digest"])
+    done = len(load_file(path)["digest"])
     job(tokens_per_row=100)
     assert done and f"scoring {50 - done} pairs" in capsys.readouterr().out
     job(out=str(tmp_path / "whole"), tokens_per_row=100)
