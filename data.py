@@ -1125,6 +1125,8 @@ def main():
     except BadData as error:
         print(f"data.py: error: {error!s:.2000}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted")
     except BrokenPipeError:                                        # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -400,9 +400,9 @@ class Config:
     clip: float = flag(1.0, "clip the gradient norm to this", ABOVE_0)
     batch_size: int = flag(64, "pairs per step, over all GPUs", ABOVE_0)
     epochs: int | None = flag(None, "passes over the data (default: 1)", ABOVE_0)
-    steps: int | None = flag(None, "stop after this many steps instead", ABOVE_0)
+    steps: int | None = flag(None, "stop after this many steps, instead of after --epochs", ABOVE_0)
     max_tokens: int | None = flag(None, "longest prompt + response; prompts lose their start (default: 1024)", ABOVE_0)
-    tokens_per_row: int | None = flag(None, "tokens at once (default: 2048; on a GPU 4096, compiled 16384)", ABOVE_0)
+    tokens_per_row: int | None = flag(None, "tokens per pass (default: 2048; on a GPU 4096, compiled 16384)", ABOVE_0)
     checkpoint_activations: bool = flag(False, "a third more arithmetic for far less memory per token")
     compile: bool = flag(False, "compile the model's blocks (needs a compiler), and use flex_attention on a GPU")
     max_dropped: float = flag(0.1, "stop if more than this share of the pairs is too long", SHARE)
@@ -416,10 +416,10 @@ class Config:
     sample_tokens: int = flag(64, "tokens of the longest answer", FROM_0)
     seed: int = flag(0, "seed of the data order and of sampling", SEED)
     shard: bool = flag(False, "split the model over torchrun's processes (FSDP2), instead of a copy in each")
-    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the weights; bfloat16 rounds at random")
+    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the weights")
     dry_run: bool = flag(False, "measure the memory that a step takes, and stop")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to run")
-    dtype: Literal[("auto", *DTYPES)] = flag("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")
+    dtype: Literal[("auto", *DTYPES)] = flag("auto", "dtype of the arithmetic; auto: bfloat16 on a GPU, else float32")
 
     def __post_init__(self):
         for name in ("data", "eval_data", "references", "columns"):
