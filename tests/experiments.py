@@ -4,13 +4,14 @@
     python tests/experiments.py sentiment --model DIR               continuations of openings, ranked by a panel
     python tests/experiments.py dialogue --model DIR --data hh-harmless.jsonl.gz --votes pandalm.jsonl.gz
     python tests/experiments.py index --model DIR                   after the other two: readings of the index
+    python tests/experiments.py people --model DIR --votes pandalm.jsonl.gz     votes of real people as weights
     python tests/experiments.py report                              all tables and pictures, from the rows
 
 DIR: a Hugging Face folder or name (HuggingFaceTB/SmolLM2-135M-Instruct).  --data: pairs (such as
 hf://datasets/Anthropic/hh-rlhf/harmless-base/test.jsonl.gz).  --votes: PandaLM's human test set: lines with
 instruction, input, response1, response2, annotator1, annotator2 and annotator3 (1, 2, or 0 for a tie).
-Each training run adds a line to OUT/sentiment.jsonl or OUT/dialogue.jsonl.  Runs with a line are not
-repeated, so a killed command continues where it stopped.  --part 1/4 to 4/4: four processes share the work.
+Each training run adds a line to OUT/sentiment.jsonl, OUT/dialogue.jsonl or OUT/people.jsonl.  Runs with a line
+are not repeated, so a killed command continues where it stopped.  --part 1/4 to 4/4: four processes share the work.
 --quick runs all of it with a tiny random model and a few openings or pairs, in a minute, just to test it.
 """
 import argparse
@@ -55,6 +56,7 @@ METHODS = {
     "votes, power 3": {"loss": "mallows-phi", "dispersion": "votes", "labels": "majority", "dispersion_power": 3.0},
 }
 DIALOGUE = ("dpo", "ipo", "theta", "phi", "phi, learned")
+PEOPLE = ("dpo, majority", "phi, majority", "phi, majority and votes", "votes, power 3", "dpo, unanimous")
 BETAS, SCALE = (0.05, 0.1, 0.3), {"ipo": 10.0}  # of sentiment; ipo's times 10, as its log-ratios are per token
 DRAWN = ("dpo", "phi", "dpo, majority", "votes, power 3", "dpo, unanimous")
 RATES = (5e-6, 1.5e-5, 5e-5, 1.5e-4)           # dpo selects one for all methods, on other pairs than those reported
@@ -391,8 +393,8 @@ def pandalm(path: str, count: int | None) -> list[dict]:
         question = "\n\n".join(filter(None, [item["instruction"], item["input"]]))
         records.append({"prompt": f"\n\nHuman: {question}\n\nAssistant:", "chosen": f" {item[f'response{chosen}']}",
                         "rejected": f" {item[f'response{rejected}']}", "votes": sorted(votes, reverse=True),
-                        "marks": marks})
-    return records[:count]
+                        "marks": marks, "task": item["instruction"]})
+    return records[::max(1, len(records) // count)] if count else records
 
 
 def dialogue(args: argparse.Namespace) -> None:
@@ -549,7 +551,54 @@ def more_readings(values: dict, pairs: list[Pair]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. The report
+# 5. People: what the votes of three people on a pair of PandaLM are worth
+
+FOLDS = 6                                      # the last one decides on the learning rate, the others are reported
+
+
+def split_by_task(task: Task) -> None:
+    """Write the pairs of each fold, and those of all other folds to train on.  No instruction is in two folds."""
+    records = pandalm(task.args.votes, 20 if task.args.quick else None)
+    names = sorted({record["task"] for record in records})
+    order = np.random.default_rng(0).permutation(len(names))
+    fold = {names[name]: place % FOLDS for place, name in enumerate(order)}
+    for held_out in range(FOLDS):
+        others = [record for record in records if fold[record["task"]] != held_out]
+        parts = {"held-out": [record for record in records if fold[record["task"]] == held_out],
+                 "majority": others, "unanimous": [record for record in others if record["votes"] == [3, 0]]}
+        for name, chosen in parts.items():
+            train.write_jsonl(task.folder / f"{name}{held_out}.jsonl", chosen)
+
+
+def people(args: argparse.Namespace) -> None:
+    """Train on the votes of some instructions; then does the policy agree with most people on the others?"""
+    task, last = Task(args, "people"), FOLDS - 1
+    with train.lock_folder(task.folder / "lock"):
+        if not (task.folder / f"unanimous{last}.jsonl").exists():
+            split_by_task(task)
+    rate = task.learning_rate(task.folder / f"majority{last}.jsonl", task.folder / f"held-out{last}.jsonl", beta=0.1)
+    for job, fold in itertools.product(jobs(args, args.methods or PEOPLE, (0.1,)), range(last)):
+        if any((job | {"fold": fold}).items() <= row.items() for row in task.rows()):
+            continue
+        began, path = time.perf_counter(), task.folder / f"held-out{fold}.jsonl"
+        settings = {**METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
+        policy, out = task.fit(task.folder / f"{settings.pop('labels')}{fold}.jsonl", **settings)
+        pairs, records = task.pairs(path), read_rows(path)
+        change = sums(score(policy, pairs), pairs) - sums(score(task.reference, pairs), pairs)      # (P, 2)
+        records = [records[int(pair.where.rpartition(":")[2]) - 1] for pair in pairs]
+        prompts, end = [pair.prompt.tolist() for pair in pairs[:100]], task.tokenizer.eos
+        tokens = 8 if args.quick else 48
+        kl = kl_of_samples(policy, task.reference, prompts, sample(policy, prompts, tokens, end, 99), tokens)
+        task.add({**job, "fold": fold, **learned(out), "rate": rate, "kl": kl.mean(),
+                  "log_ratios": (change[:, 0] - change[:, 1]).round(4).tolist(),
+                  "tasks": [record["task"] for record in records], "votes": [record["votes"] for record in records],
+                  "longer": [len(pair.chosen) > len(pair.rejected) for pair in pairs],
+                  "seconds": time.perf_counter() - began})
+        print(f"people: {job}, fold {fold}, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. The report
 
 def mean_se(values) -> str:
     values = np.array(values, dtype=float)
@@ -564,6 +613,7 @@ def report(args: argparse.Namespace) -> None:
         print(f"{args.out}: no rows there yet; run sentiment, dialogue and index first")
     report_sentiment(args)
     report_dialogue(args)
+    report_people(args)
     rows = read_rows(args.out / "index.jsonl")
     for against in dict.fromkeys(row["against"] for row in rows):
         here = [row for row in rows if row["against"] == against]
@@ -592,26 +642,43 @@ def report_sentiment(args: argparse.Namespace) -> None:
     for row in rows:
         if row["method"] == "reference":
             print(f"reference{row['score']:>53.3f} +- {row['score_se']:.3f}")
+    seeds = sorted({row["seed"] for row in runs})
     print("\nscore minus dpo's at equal KL, between two betas; error of the samples; of each seed")
     for kl, method in itertools.product(args.kl, list(METHODS)[1:]):
-        both = [compare_at(runs, method, kl, seed) for seed in sorted({row["seed"] for row in runs})]
+        both = [compare_at(runs, method, "dpo", kl, seed) for seed in seeds]
         both = [difference for difference in both if difference]
         if both:
             error = math.sqrt(sum(se ** 2 for _, se in both)) / len(both)
             each = " ".join(f"{change:+.3f}" for change, _ in both)
             print(f"at KL {kl}  {method:<24}{np.mean([change for change, _ in both]):+.3f} +- {error:.3f}    ({each})")
+    print("\nscore minus that of a dpo with the same labels, at equal KL, in the middle of the range that both reach; "
+          "error over seeds (of each seed)")
+    for method in [method for method in METHODS if method not in ("dpo", PEOPLE[0])]:
+        rival = PEOPLE[0] if "labels" in METHODS[method] else "dpo"
+        both = [compare_at(runs, method, rival, middle(runs, method, rival, seed), seed) for seed in seeds]
+        both = [difference[0] for difference in both if difference]
+        of_seeds = " ".join(f"{change:+.3f}" for change in both)
+        if both:
+            print(f"  {method:<24}minus {rival:<15}{mean_se(both)}    ({of_seeds})")
     draw(sorted(means, key=lambda row: row["kl"]),
          Panel("kl", "score", "method", "KL from the reference (nats)", "mean sentiment", lines=DRAWN),
          args.out / "sentiment.png")
 
 
-def compare_at(runs: list[dict], method: str, kl: float, seed: int) -> tuple[float, float] | None:
-    """Score minus dpo's at this KL, between two betas, and its error; None: one of them never got there."""
+def compare_at(runs: list[dict], method: str, rival: str, kl: float, seed: int) -> tuple[float, float] | None:
+    """Score minus the rival's at this KL, between two betas, and its error; None: one of them never got there."""
     paths = [{key: row[key] for key in ("method", "kl", "score", "score_se")} for row in runs if row["seed"] == seed]
-    mine, dpo = at_kl(paths, method, kl), at_kl(paths, "dpo", kl)
-    if not mine or not dpo:
+    mine, other = at_kl(paths, method, kl), at_kl(paths, rival, kl)
+    if not mine or not other:
         return None
-    return mine["score"] - dpo["score"], math.hypot(mine["score_se"], dpo["score_se"])
+    return mine["score"] - other["score"], math.hypot(mine["score_se"], other["score_se"])
+
+
+def middle(runs: list[dict], method: str, rival: str, seed: int) -> float:
+    """The KL in the middle of those that both reach with this seed; nan: there are none."""
+    kls = [[row["kl"] for row in runs if (row["method"], row["seed"]) == (name, seed)] for name in (method, rival)]
+    low, high = max(min(kl, default=math.nan) for kl in kls), min(max(kl, default=math.nan) for kl in kls)
+    return (low + high) / 2 if low < high else math.nan
 
 
 def report_dialogue(args: argparse.Namespace) -> None:
@@ -658,7 +725,41 @@ def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
         print(f"  {method:<18}" + " | ".join(" ".join(cell) for cell in cells))
 
 
-EXPERIMENTS = {"sft": sft, "sentiment": sentiment, "dialogue": dialogue, "index": index, "report": report}
+def report_people(args: argparse.Namespace) -> None:
+    """Print the share of held-out pairs on which a policy agrees with most people, minus dpo's with the same labels."""
+    rows = [row for row in read_rows(args.out / "people.jsonl") if "log_ratios" in row]
+    runs = {(row["method"], row["seed"], row["fold"]): row for row in rows}
+    if rows:
+        print(f"\npeople: learning rate {rows[0]['rate']}; agreement with most people on held-out pairs, minus that of "
+              f"\"{PEOPLE[0]}\" pair by pair: mean, error over instructions (of each seed)")
+    for method in METHODS:
+        both = [(row, runs[PEOPLE[0], row["seed"], row["fold"]]) for row in rows if row["method"] == method
+                and (PEOPLE[0], row["seed"], row["fold"]) in runs]
+        if not both:
+            continue
+        kinds = np.concatenate([[vote == [3, 0] for vote in row["votes"]] for row, _ in both])      # (P,)
+        longer = np.concatenate([row["longer"] for row, _ in both])
+        seed = np.concatenate([[row["seed"]] * len(row["votes"]) for row, _ in both])
+        group = np.unique(np.concatenate([row["tasks"] for row, _ in both]), return_inverse=True)[1]
+        mine, dpo = (np.concatenate([np.array(run[i]["log_ratios"]) > 0 for run in both]) * 1.0 for i in (0, 1))
+        parts = {"all": kinds >= 0, "3 : 0": kinds, "chosen longer": longer, "chosen not longer": ~longer}
+        for name, part in parts.items():
+            change = (mine - dpo)[part]
+            of_seeds = " ".join(f"{change[seed[part] == each].mean():+.3f}" for each in np.unique(seed))
+            print(f"  {method:<24}{name:<18}{part.sum():>6} pairs, {len(both)} runs: {mine[part].mean():.3f}, minus "
+                  f"dpo's {mean_se_of_groups(change, group[part])} ({of_seeds})")
+        kl, trust = (np.mean([row[key] for row, _ in both]) for key in ("kl", "trust"))
+        print(f"  {method:<24}KL {kl:.1f}; trust in its index {trust:+.2f}")
+
+
+def mean_se_of_groups(values: np.ndarray, group: np.ndarray) -> str:
+    """Mean and standard error of values that are independent between groups only."""
+    of_group = np.bincount(group, values - values.mean())
+    return f"{values.mean():+.3f} +- {np.linalg.norm(of_group) / len(values):.3f}"
+
+
+EXPERIMENTS = {"sft": sft, "sentiment": sentiment, "dialogue": dialogue, "index": index, "people": people,
+               "report": report}
 
 
 def share(text: str) -> tuple[int, int]:
@@ -674,10 +775,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", help="Hugging Face folder or name")
     parser.add_argument("--data", help="for dialogue: a file of preference pairs")
-    parser.add_argument("--votes", help="for dialogue: PandaLM's human test set")
+    parser.add_argument("--votes", help="for dialogue and people: PandaLM's human test set")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="for sentiment: only these methods")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="for sentiment and people: only these methods")
     parser.add_argument("--betas", type=float, nargs="+", help="for sentiment: these betas instead")
     parser.add_argument("--copies", type=int, default=16, help="for sentiment: continuations per opening")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from")
@@ -692,6 +793,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--model is missing: a Hugging Face folder or name (or --quick)")
     if args.experiment == "dialogue" and not (args.data and args.votes):
         parser.error("--data and --votes are missing: see above")
+    if args.experiment == "people" and not args.votes:
+        parser.error("--votes is missing: see above")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         EXPERIMENTS[args.experiment](args)

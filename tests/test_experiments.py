@@ -43,14 +43,19 @@ def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
     experiments.main(["sentiment", *options(tmp_path), *more])
     experiments.main(["dialogue", *options(tmp_path), *files])
     experiments.main(["index", *options(tmp_path)])
+    experiments.main(["people", *options(tmp_path), *files[2:], "--methods", "dpo, majority", "votes, power 3"])
     experiments.main(["report", *options(tmp_path)])
     said = capsys.readouterr().out
     assert "phi, majority and votes" in said and "minus dpo's" in said and "length-corrected" in said
-    rows = {name: lines(tmp_path / f"{name}.jsonl") for name in ("sentiment", "dialogue", "index")}
+    rows = {name: lines(tmp_path / f"{name}.jsonl") for name in ("sentiment", "dialogue", "index", "people")}
     assert [row["method"] for row in rows["sentiment"] if "beta" in row] == list(more[1:4])
     assert [row["method"] for row in rows["dialogue"] if "beta" in row] == list(experiments.DIALOGUE)
     assert len(rows["index"]) == 3 * 10                             # a run of one step says nothing on first sight
     assert all(len(row["log_ratios"]["held-out"]) == 4 for row in rows["dialogue"] if "beta" in row)
+    runs = [row for row in rows["people"] if "fold" in row]
+    found = [(row["method"], row["power"], row["fold"]) for row in runs]
+    assert found == [(*each, fold) for each in (("dpo, majority", 0.0), ("votes, power 3", 3.0)) for fold in range(5)]
+    assert len({task for row in runs[:5] for task in row["tasks"]}) == sum(len(row["tasks"]) for row in runs[:5]) > 5
     path, fits = tmp_path / "sentiment.jsonl", []                   # killed while it wrote the last row but one
     whole = path.read_text().splitlines()
     kept = [line for line in whole if '"phi, true"' not in line]
@@ -66,7 +71,7 @@ def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
 
 def test_errors_are_plain(capsys, tmp_path):
     for arguments, word in ((["sentiment"], "--model"), (["dialogue", "--quick"], "--data"),
-                            (["index", "--part", "3/2", "--quick"], "--part"),
+                            (["index", "--part", "3/2", "--quick"], "--part"), (["people", "--quick"], "--votes"),
                             (["index", "--model", str(tmp_path / "no")], "no tokenizer.json"),
                             (["dialogue", "--quick", "--data", "no.jsonl", "--votes", "no.jsonl"], "no.jsonl")):
         with pytest.raises(SystemExit) as left:
@@ -124,3 +129,40 @@ def test_kl_of_samples_is_the_sum_over_the_vocabulary(make_model):
             want += sum(math.exp(a) * (a - b) for a, b in zip(ours[at].tolist(), theirs[at].tolist()))
         assert value == pytest.approx(want, rel=1e-4)
     assert abs(experiments.kl_of_samples(policy, policy, prompts, responses, 4)).max() == 0
+
+
+def test_folds_share_no_instruction(files, tmp_path):
+    votes = tmp_path / "votes.jsonl"
+    train.write_jsonl(votes, ({"instruction": f"Say {i % 9}.", "input": f"{i}", "response1": "yes", "response2": "no",
+                               "annotator1": "2", "annotator2": str(1 + i % 2), "annotator3": 2} for i in range(60)))
+    task = type("Task", (), {"args": type("Args", (), {"votes": votes, "quick": False}), "folder": tmp_path})
+    experiments.split_by_task(task)
+    seen = []
+    for fold in range(experiments.FOLDS):
+        held_out, majority, unanimous = (lines(tmp_path / f"{name}{fold}.jsonl")
+                                         for name in ("held-out", "majority", "unanimous"))
+        assert len(held_out) + len(majority) == 60 and all(record["chosen"] == " no" for record in majority)
+        assert not {record["task"] for record in held_out} & {record["task"] for record in majority}
+        assert unanimous == [record for record in majority if record["votes"] == [3, 0]] and unanimous
+        seen += [record["prompt"] for record in held_out]
+    assert len(set(seen)) == len(seen) == 60
+
+
+def test_equal_kl_in_the_middle():
+    """The two reach from 2 to 3 nats both; at 2.5 the scores differ by .1.  With no common range: nothing."""
+    runs = [{"method": method, "seed": 0, "kl": kl, "score": kl ** 0.5 + more, "score_se": 0.3}
+            for method, more, kls in (("phi", 0.1, (2.0, 4.0)), ("dpo", 0.0, (1.0, 3.0)), ("ipo", 0.0, (5.0, 6.0)))
+            for kl in kls]
+    assert experiments.middle(runs, "phi", "dpo", 0) == 2.5
+    assert experiments.compare_at(runs, "phi", "dpo", 2.5, 0) == (pytest.approx(0.1), pytest.approx(0.3 * 2 ** 0.5))
+    for method, seed in (("ipo", 0), ("phi", 1)):
+        assert math.isnan(experiments.middle(runs, method, "dpo", seed))
+        assert experiments.compare_at(runs, method, "dpo", math.nan, seed) is None
+
+
+def test_error_over_groups():
+    """Two pairs of one instruction count as one if they are equal."""
+    values, group = np.array([1.0, 1.0, 0.0, 0.0, 1.0, 1.0]), np.array([0, 0, 1, 1, 2, 2])
+    once = np.array([1.0, 0.0, 1.0])
+    want = f"{once.mean():+.3f} +- {once.std() / 3 ** 0.5:.3f}"
+    assert experiments.mean_se_of_groups(values, group) == want
