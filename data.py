@@ -309,9 +309,6 @@ REPO = r"(\w[\w.-]*/[\w.-]+)(?:@([^/]+))?"               # owner/name[@revision]
 def read_lines(name: str | Path) -> Iterator[tuple[str, bytes]]:
     """Yield ("file:line", JSON text) of each non-blank line, array item or table row.  Raises BadData."""
     path, number = fetch(name), 0
-    if path.is_dir():
-        raise BadData(f"{name}: a folder; give its files.  If datasets' save_to_disk wrote it, convert it: "
-                      "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             begin, reader = file.peek(4096).removeprefix(BOM).lstrip(), _lines
@@ -389,7 +386,13 @@ def fetch(name: str | Path) -> Path:
     match = re.fullmatch(f"hf://datasets/{REPO}/(.+)", str(name))
     if str(name).startswith("hf:") and not match:
         raise BadData(f"{name}: not of the form hf://datasets/owner/name/path, or owner/name@revision/path")
-    return _download(match, repo_type="dataset", allow_patterns=[match[3]]) / match[3] if match else Path(name)
+    path = _download(match, repo_type="dataset", allow_patterns=[match[3]]) / match[3] if match else Path(name)
+    if not path.exists():
+        raise BadData(f"{name}: no such file")
+    if path.is_dir():
+        raise BadData(f"{name}: a folder; give its files.  If datasets' save_to_disk wrote it, convert it: "
+                      "datasets.load_from_disk(folder).to_parquet('pairs.parquet')")
+    return path
 
 
 def find_model(name: str | Path) -> Path:
@@ -713,8 +716,8 @@ def read_columns(words: list[str] | None) -> dict[str, str]:
     columns = dict(word.partition("=")[::2] for word in words or ())
     for ours, theirs in columns.items():
         if ours not in ("prompt", "chosen", "rejected", *FIELDS) or not theirs:
-            raise BadData(f"--columns {ours}={theirs}: expected prompt=..., chosen=..., rejected=..., or one of "
-                          f"{', '.join(FIELDS)}")
+            raise BadData(f"--columns {' '.join(words)}: each must be OURS=THEIRS, with ours one of prompt, chosen, "
+                          f"rejected, {', '.join(FIELDS)}")
     return columns
 
 
@@ -1118,8 +1121,7 @@ def main():
     args = parser.parse_args()
     try:
         for name in args.files:
-            if not fetch(name).exists():
-                raise BadData(f"{name}: no such file")
+            fetch(name)
         tokenizer = args.model and Tokenizer(find_model(args.model))
         sys.exit(not examine(args.files, tokenizer, args.max_tokens, args.show, read_columns(args.columns)))
     except BadData as error:

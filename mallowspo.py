@@ -75,8 +75,8 @@ class Method(NamedTuple):
     reference_clip: float = 0.1   # of several references: how far log ref may be from the first's, as a share
 
 
-# Columns that say how another one works: without it they have no meaning.
-PARTS = {"token_decay": "token_weights", "token_cap": "token_weights", "unbiased": "smoothing",
+# Columns that say how another one, or one of its values, works: without it they have no meaning.
+PARTS = {"token_decay": "token_weights decay", "token_cap": "token_weights difference", "unbiased": "smoothing",
          "focal_gradient": "focal", "advantage_beta": "advantage"}
 
 LOSSES = {

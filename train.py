@@ -49,7 +49,7 @@ from torch.optim.adamw import adamw
 
 import mallowspo
 from bandit import MEASURES, NEW_ASKERS, Panel, Population, draw, report
-from data import BadData, Pair, Split, Tokenizer, cached_pairs, collate, find_model, hold_out, to_device
+from data import BadData, Pair, Split, Tokenizer, cached_pairs, collate, fetch, find_model, hold_out, to_device
 from mallowspo import LOSSES, TOKEN_WEIGHTS, Method, Outcome
 from model import BRANCHES, TARGETS, BadModel, Transformer, add_lora, fsync, read_json, save_adapter, to_cpu, to_shard
 
@@ -351,6 +351,9 @@ NAMES = "name files or folders", lambda v: all(name and name.isprintable() for n
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TERMS = ("dispersion", "token_weights", "clip_rejected", "length_term", "smoothing", "focal", "advantage", "references")
+GROUPS = {"model": "what is trained on what", "loss": "the method: a row of LOSSES, and changes to it",
+          "lora_rank": "LoRA", "lr": "the optimiser", "max_tokens": "memory and speed", "max_dropped": "bad data",
+          "eval_every": "the run", "shard": "the machine"}          # headings of --help, before these flags
 NEEDS = {**mallowspo.PARTS, "reference_mix": "references", "reference_clip": "references",
          "lora_alpha": "lora_rank", "lora_targets": "lora_rank", "merge": "lora_rank"}     # what each needs
 
@@ -445,6 +448,7 @@ class Config:
         method = self.method
         used = {name for name, neutral in Method._field_defaults.items() if getattr(method, name) != neutral}
         used |= {name for name in ("references", "lora_rank") if getattr(self, name)}
+        used.add(f"token_weights {method.token_weights}")
         for term in TERMS:
             refuse(term in used and method.link is None, f"{dashed(term)} has no meaning for --loss {self.loss}")
         for term in ("references", "clip_rejected"):
@@ -480,12 +484,14 @@ def parse_flags(argv: list[str], defaults: dict) -> tuple[Config, dict]:
                                      usage="train.py [--model DIR --data FILE] [flags]    (--help lists them)",
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="settings from a JSON file, such as OUT/run.json; other flags win")
-    kinds = get_type_hints(Config)
+    kinds, group = get_type_hints(Config), parser
     for f in fields(Config):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         text = f.metadata["help"]
         if f.default is not None and f.default is not False:
             text += f" (default: {f.default})"
-        parser.add_argument(dashed(f.name), help=text, **{**flag_kind(kinds[f.name]), **f.metadata["kind"]})
+        group.add_argument(dashed(f.name), help=text, **{**flag_kind(kinds[f.name]), **f.metadata["kind"]})
     first, _ = parser.parse_known_args(argv)
     try:
         before = config_flags(first.config) if "config" in first else []
@@ -516,6 +522,8 @@ def config_flags(path: str) -> list[str]:
         raise BadConfig(f"--config {path}: {error.strerror}") from None
     settings = settings.get("config", settings)
     refuse(not isinstance(settings, dict), f"--config {path}: its 'config' is not a JSON object")
+    unknown = {name for name in settings if name.replace("-", "_") not in Config.__dataclass_fields__}
+    refuse(unknown, f"--config {path}: there is no setting {', '.join(sorted(unknown))}")
     flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -539,6 +547,8 @@ def fit(cfg: Config, world: World, on_step: Callable = lambda step, model: None)
     out = Path(cfg.out)
     torch.manual_seed(cfg.seed)
     folder = world.on_rank0(find_model, cfg.model)                 # rank 0 downloads what is on the hub
+    for name in (*cfg.data, *(cfg.eval_data or ())):
+        world.on_rank0(fetch, name)                                # a missing file ends the run now, not later
     model, tokenizer = open_model(cfg, folder, world), Tokenizer(folder)
     check_model(cfg, model, tokenizer, world)
     with contextlib.ExitStack() as inside:

@@ -294,7 +294,8 @@ def test_bad_data_is_refused(run, make_model, tmp_path, lines, words):
     (["--max-tokens", "5000"], "made for 128 positions"),
     (["--tokens-per-row", "5"], "--tokens-per-row 5 is too small for"), (["--eval-pairs", "50"], "leaves none"),
     (["--device", "cuda"], "no CUDA device"), (["--dtype", "float16"], "needs a GPU"),
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--model", "nowhere"], "nowhere: no"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["--data", "."], ".: a folder; give its files"),
+    (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["--model", "nowhere"], "nowhere: no"),
     (["--dispersion", "votes"], "no 'votes'"), (["--seed", 2 ** 64], "below 2^32"),
     (["--loss", "sft", "--dispersion", "entropy"], "has no meaning for --loss sft"),
     (["--reference", "."], "a folder, it should be a file"),
@@ -349,7 +350,7 @@ def test_config_files(run, make_model, pairs, tmp_path):
                                                  "steps": None, "beta": 0.3}))
     cfg, given = train.parse_flags(["--config", str(tmp_path / "c.json"), "--beta", "0.2"], {})
     assert cfg.beta == 0.2 and cfg.skip_bad and given["model"] == str(make_model()) and cfg.method.beta == 0.2
-    for content, words in [('{"bettta": 1}', "unrecognized arguments: --bettta=1"), ("[1]", "not a JSON object"),
+    for content, words in [('{"bettta": 1}', "c.json: there is no setting bettta"), ("[1]", "not a JSON object"),
                            ('{"lr": "x"}', "invalid float value: 'x'"), ("{", "not JSON")]:
         (tmp_path / "c.json").write_text(content)
         refused(run("train.py", "--config", tmp_path / "c.json"), words)
