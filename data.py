@@ -382,7 +382,8 @@ def _csv_rows(name, file) -> Iterator[tuple[int, bytes]]:
 
 
 def fetch(name: str | Path) -> Path:
-    """The path of a data file; hf://datasets/owner/name[@revision]/path is downloaded to the hub's cache."""
+    """The path of a data file; hf://datasets/owner/name[@revision]/path is downloaded to the hub's cache.
+    Raises BadData if it is not there, or is a folder."""
     match = re.fullmatch(f"hf://datasets/{REPO}/(.+)", str(name))
     if str(name).startswith("hf:") and not match:
         raise BadData(f"{name}: not of the form hf://datasets/owner/name/path, or owner/name@revision/path")
@@ -813,7 +814,7 @@ def cached_pairs(path: Path, write: Callable | None, names: tuple[str, ...], tok
     """load_pairs(names, tokenizer, *settings), from the file `path` if that was made of the same input; else
     write(path, save) writes it by calling save(path).  The last setting is `watch`, which changes no pair."""
     files, contents = [fetch(name) for name in names], []
-    if not all(file.is_file() for file in files):      # missing, or a pipe, which can be read only once
+    if not all(file.is_file() for file in files):      # a pipe, which can be read only once
         return load_pairs(list(names), tokenizer, *settings)
     for file in files:
         with open(file, "rb") as stream:

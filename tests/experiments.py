@@ -577,24 +577,27 @@ def people(args: argparse.Namespace) -> None:
         if not (task.folder / f"unanimous{last}.jsonl").exists():
             split_by_task(task)
     rate = task.learning_rate(task.folder / f"majority{last}.jsonl", task.folder / f"held-out{last}.jsonl", beta=0.1)
-    for job, fold in itertools.product(jobs(args, args.methods or PEOPLE, (0.1,)), range(last)):
-        if any((job | {"fold": fold}).items() <= row.items() for row in task.rows()):
-            continue
-        began, path = time.perf_counter(), task.folder / f"held-out{fold}.jsonl"
-        settings = {**METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
-        policy, out = task.fit(task.folder / f"{settings.pop('labels')}{fold}.jsonl", **settings)
+    tokens, end = 8 if args.quick else 48, task.tokenizer.eos
+    for fold in range(last):
+        path = task.folder / f"held-out{fold}.jsonl"
         pairs, records = task.pairs(path), read_rows(path)
-        change = sums(score(policy, pairs), pairs) - sums(score(task.reference, pairs), pairs)      # (P, 2)
         records = [records[int(pair.where.rpartition(":")[2]) - 1] for pair in pairs]
-        prompts, end = [pair.prompt.tolist() for pair in pairs[:100]], task.tokenizer.eos
-        tokens = 8 if args.quick else 48
-        kl = kl_of_samples(policy, task.reference, prompts, sample(policy, prompts, tokens, end, 99), tokens)
-        task.add({**job, "fold": fold, **learned(out), "rate": rate, "kl": kl.mean(),
-                  "log_ratios": (change[:, 0] - change[:, 1]).round(4).tolist(),
-                  "tasks": [record["task"] for record in records], "votes": [record["votes"] for record in records],
-                  "longer": [len(pair.chosen) > len(pair.rejected) for pair in pairs],
-                  "seconds": time.perf_counter() - began})
-        print(f"people: {job}, fold {fold}, {time.perf_counter() - began:.0f} s", flush=True)
+        about = {"tasks": [record["task"] for record in records], "votes": [record["votes"] for record in records],
+                 "longer": [len(pair.chosen) > len(pair.rejected) for pair in pairs]}
+        prompts, before = [pair.prompt.tolist() for pair in pairs[:100]], sums(score(task.reference, pairs), pairs)
+        for job in jobs(args, args.methods or PEOPLE, (0.1,)):
+            job["fold"] = fold
+            if any(job.items() <= row.items() for row in task.rows()):
+                continue
+            began = time.perf_counter()
+            settings = {**METHODS[job["method"]], "seed": job["seed"], "beta": job["beta"], "lr": rate}
+            policy, out = task.fit(task.folder / f"{settings.pop('labels')}{fold}.jsonl", **settings)
+            change = sums(score(policy, pairs), pairs) - before                                     # (P, 2)
+            kl = kl_of_samples(policy, task.reference, prompts, sample(policy, prompts, tokens, end, 99), tokens)
+            task.add({**job, **learned(out), **about, "rate": rate, "kl": kl.mean(),
+                      "log_ratios": (change[:, 0] - change[:, 1]).round(4).tolist(),
+                      "seconds": time.perf_counter() - began})
+            print(f"people: {job}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -677,7 +680,7 @@ def compare_at(runs: list[dict], method: str, rival: str, kl: float, seed: int) 
 def middle(runs: list[dict], method: str, rival: str, seed: int) -> float:
     """The KL in the middle of those that both reach with this seed; nan: there are none."""
     kls = [[row["kl"] for row in runs if (row["method"], row["seed"]) == (name, seed)] for name in (method, rival)]
-    low, high = max(min(kl, default=math.nan) for kl in kls), min(max(kl, default=math.nan) for kl in kls)
+    low, high = max(min(kl, default=math.inf) for kl in kls), min(max(kl, default=-math.inf) for kl in kls)
     return (low + high) / 2 if low < high else math.nan
 
 
@@ -728,28 +731,32 @@ def report_quartiles(args: argparse.Namespace, runs: list[dict]) -> None:
 def report_people(args: argparse.Namespace) -> None:
     """Print the share of held-out pairs on which a policy agrees with most people, minus dpo's with the same labels."""
     rows = [row for row in read_rows(args.out / "people.jsonl") if "log_ratios" in row]
-    runs = {(row["method"], row["seed"], row["fold"]): row for row in rows}
-    if rows:
+    dpo = {(row["seed"], row["fold"]): row for row in rows if row["method"] == PEOPLE[0]}
+    if dpo:
         print(f"\npeople: learning rate {rows[0]['rate']}; agreement with most people on held-out pairs, minus that of "
               f"\"{PEOPLE[0]}\" pair by pair: mean, error over instructions (of each seed)")
     for method in METHODS:
-        both = [(row, runs[PEOPLE[0], row["seed"], row["fold"]]) for row in rows if row["method"] == method
-                and (PEOPLE[0], row["seed"], row["fold"]) in runs]
-        if not both:
+        here = [row for row in rows if row["method"] == method and (row["seed"], row["fold"]) in dpo]
+        if not here:
             continue
-        kinds = np.concatenate([[vote == [3, 0] for vote in row["votes"]] for row, _ in both])      # (P,)
-        longer = np.concatenate([row["longer"] for row, _ in both])
-        seed = np.concatenate([[row["seed"]] * len(row["votes"]) for row, _ in both])
-        group = np.unique(np.concatenate([row["tasks"] for row, _ in both]), return_inverse=True)[1]
-        mine, dpo = (np.concatenate([np.array(run[i]["log_ratios"]) > 0 for run in both]) * 1.0 for i in (0, 1))
-        parts = {"all": kinds >= 0, "3 : 0": kinds, "chosen longer": longer, "chosen not longer": ~longer}
+        right = right_of(here)                                                                      # (P,)
+        change = right - right_of([dpo[row["seed"], row["fold"]] for row in here])
+        votes, longer, tasks = (np.concatenate([row[key] for row in here]) for key in ("votes", "longer", "tasks"))
+        seed = np.concatenate([np.full(len(row["votes"]), row["seed"]) for row in here])
+        group = np.unique(tasks, return_inverse=True)[1]
+        parts = {"all": np.full(len(right), True), "3 : 0": (votes == [3, 0]).all(1), "chosen longer": longer,
+                 "chosen not longer": ~longer}
         for name, part in parts.items():
-            change = (mine - dpo)[part]
-            of_seeds = " ".join(f"{change[seed[part] == each].mean():+.3f}" for each in np.unique(seed))
-            print(f"  {method:<24}{name:<18}{part.sum():>6} pairs, {len(both)} runs: {mine[part].mean():.3f}, minus "
-                  f"dpo's {mean_se_of_groups(change, group[part])} ({of_seeds})")
-        kl, trust = (np.mean([row[key] for row, _ in both]) for key in ("kl", "trust"))
+            of_seeds = " ".join(f"{change[part & (seed == each)].mean():+.3f}" for each in np.unique(seed))
+            print(f"  {method:<24}{name:<18}{part.sum():>6} pairs, {len(here)} runs: {right[part].mean():.3f}, minus "
+                  f"dpo's {mean_se_of_groups(change[part], group[part])} ({of_seeds})")
+        kl, trust = (np.mean([row[key] for row in here]) for key in ("kl", "trust"))
         print(f"  {method:<24}KL {kl:.1f}; trust in its index {trust:+.2f}")
+
+
+def right_of(rows: list[dict]) -> np.ndarray:
+    """1 for each held-out pair of these runs on which the policy agrees with most people, else 0."""
+    return np.concatenate([np.array(row["log_ratios"]) > 0 for row in rows]).astype(float)
 
 
 def mean_se_of_groups(values: np.ndarray, group: np.ndarray) -> str:

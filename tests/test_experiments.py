@@ -1,6 +1,7 @@
 """The language-model experiments, on a small scale: they run, resume after a kill, and measure correctly."""
 import json
 import math
+from types import SimpleNamespace
 
 import experiments
 import numpy as np
@@ -53,9 +54,10 @@ def test_all_of_it_runs_and_goes_on(files, tmp_path, capsys, monkeypatch):
     assert len(rows["index"]) == 3 * 10                             # a run of one step says nothing on first sight
     assert all(len(row["log_ratios"]["held-out"]) == 4 for row in rows["dialogue"] if "beta" in row)
     runs = [row for row in rows["people"] if "fold" in row]
-    found = [(row["method"], row["power"], row["fold"]) for row in runs]
-    assert found == [(*each, fold) for each in (("dpo, majority", 0.0), ("votes, power 3", 3.0)) for fold in range(5)]
-    assert len({task for row in runs[:5] for task in row["tasks"]}) == sum(len(row["tasks"]) for row in runs[:5]) > 5
+    found = [(row["fold"], row["method"], row["power"]) for row in runs]
+    assert found == [(fold, *each) for fold in range(5) for each in (("dpo, majority", 0.0), ("votes, power 3", 3.0))]
+    asked = [task for row in runs[::2] for task in row["tasks"]]
+    assert len(set(asked)) == len(asked) > 5
     path, fits = tmp_path / "sentiment.jsonl", []                   # killed while it wrote the last row but one
     whole = path.read_text().splitlines()
     kept = [line for line in whole if '"phi, true"' not in line]
@@ -131,12 +133,11 @@ def test_kl_of_samples_is_the_sum_over_the_vocabulary(make_model):
     assert abs(experiments.kl_of_samples(policy, policy, prompts, responses, 4)).max() == 0
 
 
-def test_folds_share_no_instruction(files, tmp_path):
+def test_folds_share_no_instruction(tmp_path):
     votes = tmp_path / "votes.jsonl"
     train.write_jsonl(votes, ({"instruction": f"Say {i % 9}.", "input": f"{i}", "response1": "yes", "response2": "no",
                                "annotator1": "2", "annotator2": str(1 + i % 2), "annotator3": 2} for i in range(60)))
-    task = type("Task", (), {"args": type("Args", (), {"votes": votes, "quick": False}), "folder": tmp_path})
-    experiments.split_by_task(task)
+    experiments.split_by_task(SimpleNamespace(args=SimpleNamespace(votes=votes, quick=False), folder=tmp_path))
     seen = []
     for fold in range(experiments.FOLDS):
         held_out, majority, unanimous = (lines(tmp_path / f"{name}{fold}.jsonl")
@@ -149,13 +150,13 @@ def test_folds_share_no_instruction(files, tmp_path):
 
 
 def test_equal_kl_in_the_middle():
-    """The two reach from 2 to 3 nats both; at 2.5 the scores differ by .1.  With no common range: nothing."""
+    """Both reach 2 to 3 nats; at 2.5 the scores differ by .1.  Without a common range, or runs: nothing."""
     runs = [{"method": method, "seed": 0, "kl": kl, "score": kl ** 0.5 + more, "score_se": 0.3}
             for method, more, kls in (("phi", 0.1, (2.0, 4.0)), ("dpo", 0.0, (1.0, 3.0)), ("ipo", 0.0, (5.0, 6.0)))
             for kl in kls]
     assert experiments.middle(runs, "phi", "dpo", 0) == 2.5
     assert experiments.compare_at(runs, "phi", "dpo", 2.5, 0) == (pytest.approx(0.1), pytest.approx(0.3 * 2 ** 0.5))
-    for method, seed in (("ipo", 0), ("phi", 1)):
+    for method, seed in (("ipo", 0), ("phi", 1), ("theta", 0)):
         assert math.isnan(experiments.middle(runs, method, "dpo", seed))
         assert experiments.compare_at(runs, method, "dpo", math.nan, seed) is None
 

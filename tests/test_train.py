@@ -323,6 +323,7 @@ def test_bad_folders_are_refused(run, make_model, pairs, tmp_path):
     refused(run(*flags), "loading a pickle (*.bin, *.pt) can run any code")
     (tmp_path / "model/pytorch_model.bin").unlink()
     refused(run(*flags), "neither model.safetensors nor its index")
+    refused(run(*flags, "--eval-data", "nowhere.jsonl"), "nowhere.jsonl: no such file")     # before the model is read
     (tmp_path / "model/config.json").write_text('{"model_type": "bloom"}')
     refused(run(*flags), "model_type 'bloom' is not one of those supported (gpt2, gpt_neox, llama, mistral, ")
     (tmp_path / "model/config.json").write_text("{")
